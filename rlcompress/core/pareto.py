@@ -1,0 +1,64 @@
+"""The archive's front: which measured schedules no other one beats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from rlcompress.core.schedule import Record
+
+T = TypeVar("T")
+
+
+def nondominated(costs: np.ndarray) -> np.ndarray:
+    """Mask (N,) of the rows of `costs` (N, 2), all minimised, that no other row dominates.
+
+    Of equal rows the first stays. O(N log N): sort by the first cost, sweep the second.
+    """
+    mask = np.zeros(len(costs), dtype=bool)
+    best = np.inf
+    for i in np.lexsort((np.arange(len(costs)), costs[:, 1], costs[:, 0])):
+        if costs[i, 1] < best:
+            mask[i] = True
+            best = costs[i, 1]
+    return mask
+
+
+def front(items: Sequence[T], cost: Callable[[T], tuple[float, float]]) -> list[T]:
+    """The nondominated items by ascending first cost."""
+    if not items:
+        return []
+    costs = np.array([cost(item) for item in items], dtype=float)
+    mask = nondominated(costs)
+    kept = [i for i in np.lexsort((costs[:, 1], costs[:, 0])) if mask[i]]
+    return [items[i] for i in kept]
+
+
+def archive_front(records: Iterable[Record]) -> list[Record]:
+    """Front of (bytes, KL to the dense network), both minimised.
+
+    KL, not accuracy: accuracy on a few hundred images saturates and ties.
+    """
+    return front(list(records), lambda r: (r.measurement.bytes, r.measurement.kl))
+
+
+def best_at_floor(records: Iterable[Record], floor: float) -> Record | None:
+    """The densest record whose accuracy (0-1) is at least `floor`; None if none is."""
+    feasible = [r for r in records if r.measurement.accuracy >= floor]
+    return max(feasible, key=lambda r: r.measurement.density, default=None)
+
+
+def hypervolume(costs: np.ndarray, reference: tuple[float, float]) -> float:
+    """Area that rows of `costs` (N, 2), minimised, dominate below `reference`.
+
+    Zitzler & Thiele (1998), two objectives: a sum of rectangles under the front.
+    """
+    inside = costs[(costs < np.asarray(reference)).all(axis=1)]
+    if not len(inside):
+        return 0.0
+    rows = inside[nondominated(inside)]
+    rows = rows[np.argsort(rows[:, 0])]
+    heights = np.concatenate([[reference[1]], rows[:-1, 1]]) - rows[:, 1]
+    return float(((reference[0] - rows[:, 0]) * heights).sum())

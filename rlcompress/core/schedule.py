@@ -1,0 +1,155 @@
+"""Schedules and measurements: the two plain values that travel through the whole project.
+
+A `Schedule` says what to do with a network, a `Measurement` what came of it. Both are
+frozen, compare by value and go to JSON and back without loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+#: Weight bits that mean "not quantized": the layer keeps 32-bit floats.
+FULL_PRECISION = 32
+MIN_BITS, MAX_BITS = 2, 8
+
+
+@dataclass(frozen=True, eq=True)
+class Schedule:
+    """What survives: group -> keep ratio in (0, 1], layer -> weight bits (2-8, or 32 = float).
+
+    A group or layer that is not named keeps everything: ratio 1.0, 32 bits.
+
+    >>> Schedule(keep={"features.0": 0.5}, bits={"features.0": 4}).to_json()
+    '{"bits":{"features.0":4},"keep":{"features.0":0.5}}'
+    """
+
+    keep: Mapping[str, float] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for group, ratio in self.keep.items():
+            if not 0.0 < ratio <= 1.0:
+                raise ValueError(f"keep[{group!r}] = {ratio}: a keep ratio lies in (0, 1]")
+        for layer, bits in self.bits.items():
+            if bits != FULL_PRECISION and not MIN_BITS <= bits <= MAX_BITS:
+                raise ValueError(
+                    f"bits[{layer!r}] = {bits}: weight bits are {MIN_BITS}-{MAX_BITS}, "
+                    f"or {FULL_PRECISION} for floats"
+                )
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def ratio(self, group: str) -> float:
+        return self.keep.get(group, 1.0)
+
+    def width(self, layer: str) -> int:
+        """Weight bits of a layer."""
+        return self.bits.get(layer, FULL_PRECISION)
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces. Equal schedules give equal text."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"keep": dict(self.keep), "bits": dict(self.bits)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
+        """The inverse of `to_dict`. Raises ValueError on ratios or bits out of range."""
+        return cls(
+            keep={str(k): float(v) for k, v in data["keep"].items()},
+            bits={str(k): int(v) for k, v in data["bits"].items()},
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        return cls.from_dict(json.loads(text))
+
+    def digest(self) -> str:
+        """Eight hex digits that name this schedule."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one schedule came to, on one named set of images.
+
+    accuracy   top-1, 0-1
+    loss       mean cross-entropy against the labels, nats
+    kl         mean KL(dense || compressed) of the logits, nats
+    bytes      size of the packed artifact on disk
+    params     parameters that survive
+    macs       multiply-accumulates of one image
+    bops       sum over layers of MACs x weight bits x activation bits
+    density    accuracy in % per 10^6 bytes
+    """
+
+    accuracy: float
+    loss: float
+    kl: float
+    bytes: int
+    params: int
+    macs: int
+    bops: int
+    density: float
+
+    def to_dict(self) -> dict[str, float | int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """The inverse of `to_dict`; numpy scalars become plain numbers."""
+        kinds: dict[str, type] = {"bytes": int, "params": int, "macs": int, "bops": int}
+        return cls(**{f.name: kinds.get(f.name, float)(data[f.name]) for f in fields(cls)})
+
+
+def performance_density(accuracy: float, size_bytes: int) -> float:
+    """Accuracy in % per 10^6 bytes of the written artifact."""
+    return 100.0 * accuracy / (size_bytes / 1e6)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of `search/archive.jsonl`: a measured schedule and where it came from.
+
+    evaluation   1-based count of the searcher's evaluations
+    target       the size ratio (dense bytes / artifact bytes) aimed at; None without one
+    """
+
+    schedule: Schedule
+    measurement: Measurement
+    searcher: str
+    seed: int
+    evaluation: int
+    target: float | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "schedule": self.schedule.to_dict(),
+                "measurement": self.measurement.to_dict(),
+                "searcher": self.searcher,
+                "seed": self.seed,
+                "evaluation": self.evaluation,
+                "target": self.target,
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Raises ValueError, KeyError or TypeError on a line that is not a record."""
+        data = json.loads(text)
+        return cls(
+            schedule=Schedule.from_dict(data["schedule"]),
+            measurement=Measurement.from_dict(data["measurement"]),
+            searcher=str(data["searcher"]),
+            seed=int(data["seed"]),
+            evaluation=int(data["evaluation"]),
+            target=None if data["target"] is None else float(data["target"]),
+        )
