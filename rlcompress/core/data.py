@@ -1,0 +1,210 @@
+"""Images: three splits of a data set as tensors, and how they are found.
+
+Roles. `train` fits weights and (unlabelled) the reconstruction. A seeded part of `validation`
+scores schedules during search; the rest of it chooses between tickets. `test` is touched once.
+
+N images, C channels, H x W pixels: images_NCHW.
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from rlcompress.core.errors import UserError
+from rlcompress.core.models import find_factory
+
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+@dataclass(frozen=True)
+class Split:
+    """images_NCHW as uint8 or float32, labels_N as int64; `images()` gives them normalised."""
+
+    raw_NCHW: torch.Tensor
+    labels_N: torch.Tensor
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def images(self, index: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """float32 (N, C, H, W), mean 0 and standard deviation 1 over the train split."""
+        return (self.raw_NCHW[index].float() - self.mean) / self.std
+
+    def take(self, index: torch.Tensor) -> Split:
+        return Split(self.raw_NCHW[index], self.labels_N[index], self.mean, self.std)
+
+    def sample(self, count: int, seed: int) -> Split:
+        """`count` images (all, if there are fewer) without repetition."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.take(order[:count])
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+
+    @property
+    def in_channels(self) -> int:
+        return self.train.raw_NCHW.shape[1]
+
+    def example(self) -> torch.Tensor:
+        """One normalised image (1, C, H, W)."""
+        return self.train.images(slice(0, 1))
+
+    def score_and_selection(self, count: int, seed: int) -> tuple[Split, Split]:
+        """Disjoint parts of the validation split: `count` images to score schedules with
+        (at most half of the split), the rest to choose between tickets."""
+        order = torch.randperm(
+            len(self.validation), generator=torch.Generator().manual_seed(seed)
+        )
+        count = min(count, len(order) // 2)
+        return self.validation.take(order[:count]), self.validation.take(order[count:])
+
+
+def _splits(
+    images_NCHW: torch.Tensor, labels_N: torch.Tensor, sizes: tuple[int, ...]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A fixed shuffle, cut into pieces; the last piece is what remains."""
+    order = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))
+    pieces = torch.split(order, [*sizes, len(order) - sum(sizes)])
+    return [(images_NCHW[i].contiguous(), labels_N[i].contiguous()) for i in pieces]
+
+
+def _data(
+    train: tuple[torch.Tensor, torch.Tensor],
+    validation: tuple[torch.Tensor, torch.Tensor],
+    test: tuple[torch.Tensor, torch.Tensor],
+    num_classes: int,
+) -> Data:
+    mean = float(train[0].float().mean())
+    std = float(train[0].float().std())
+    splits = [Split(images, labels, mean, std) for images, labels in (train, validation, test)]
+    return Data(*splits, num_classes=num_classes)
+
+
+def digits(size: int = 32) -> Data:
+    """scikit-learn's 1,797 real handwritten digits, enlarged bilinearly to `size` pixels.
+
+    997 train, 400 validation, 400 test.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images_NCHW = torch.from_numpy(bunch.images).float().unsqueeze(1)
+    images_NCHW = F.interpolate(images_NCHW, size=(size, size), mode="bilinear")
+    test, validation, train = _splits(images_NCHW, torch.from_numpy(bunch.target), (400, 400))
+    return _data(train, validation, test, 10)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """A gzipped idx file of unsigned bytes (LeCun's MNIST format)."""
+    with gzip.open(path, "rb") as file:
+        content = file.read()
+    kind, dims = content[2], content[3]
+    shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
+    if kind != 8 or len(content) != 4 + 4 * dims + int(np.prod(shape)):
+        raise UserError(f"{path}: not an idx file of unsigned bytes, or cut off")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
+
+
+def fashion_mnist(root: str | None = None, size: int = 32) -> Data:
+    """Fashion-MNIST (Xiao et al., 2017), zero-padded to `size`: 55,000 / 5,000 / 10,000.
+
+    `root` is a folder with the four gzipped idx files; by default Debian's
+    `dataset-fashion-mnist`, else torchvision's download into `data/`.
+    """
+    folder = Path(root) if root else FASHION_MNIST_FOLDER
+    if (folder / "train-images-idx3-ubyte.gz").exists():
+        parts = []
+        for part in ("train", "t10k"):
+            images = _read_idx(folder / f"{part}-images-idx3-ubyte.gz")
+            labels = _read_idx(folder / f"{part}-labels-idx1-ubyte.gz")
+            parts.append((torch.from_numpy(images), torch.from_numpy(labels).long()))
+    elif root:
+        raise UserError(f'data root "{root}": no train-images-idx3-ubyte.gz in it')
+    else:
+        parts = _torchvision("FashionMNIST")
+    pad = size - parts[0][0].shape[-1]
+    if pad < 0:
+        raise UserError(f"data size = {size}: Fashion-MNIST has 28 pixels; allowed: 28 or more")
+    around = (pad // 2, pad - pad // 2, pad // 2, pad - pad // 2)
+    both = [(F.pad(images, around).unsqueeze(1), labels) for images, labels in parts]
+    validation, train = _splits(*both[0], (5000,))
+    return _data(train, validation, both[1], 10)
+
+
+def cifar10() -> Data:
+    """CIFAR-10 (Krizhevsky, 2009) by torchvision's download into `data/`: 45,000/5,000/10,000."""
+    parts = [(i.permute(0, 3, 1, 2).contiguous(), y) for i, y in _torchvision("CIFAR10")]
+    validation, train = _splits(*parts[0], (5000,))
+    return _data(train, validation, parts[1], 10)
+
+
+def _torchvision(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    import torchvision.datasets
+
+    parts = []
+    for train in (True, False):
+        try:
+            dataset = getattr(torchvision.datasets, name)("data", train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"data {name}: not in data/ and the download failed ({error}); "
+                "put the files there or go online once"
+            ) from error
+        parts.append((torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets).long()))
+    return parts
+
+
+BUILT_IN: Mapping[str, Callable[..., Data]] = {
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
+}
+
+
+def _tensors(dataset: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    items = [dataset[i] for i in range(len(dataset))]
+    if not items:
+        raise UserError(f"data: the {name} split is empty")
+    shapes = {tuple(image.shape) for image, _ in items}
+    if len(shapes) > 1:
+        raise UserError(f"data: the {name} split has images of varying shape: {sorted(shapes)[:3]}")
+    labels = torch.tensor([int(label) for _, label in items])
+    return torch.stack([image for image, _ in items]), labels
+
+
+def build_data(factory: str, args: Mapping[str, Any]) -> Data:
+    """The data set that a built-in name or `"pkg.mod:factory"` names.
+
+    A user's factory returns `Data`, or three map-style data sets (train, validation, test) of
+    (image tensor (C, H, W), label). Raises UserError on anything else.
+    """
+    function = find_factory(factory, BUILT_IN)
+    try:
+        made = function(**args)
+    except TypeError as error:
+        raise UserError(f'data "{factory}" with {dict(args)}: {error}') from error
+    if isinstance(made, Data):
+        return made
+    if not (isinstance(made, tuple | list) and len(made) == 3):
+        raise UserError(f'data "{factory}": a factory returns train, validation and test data sets')
+    names = ("train", "validation", "test")
+    parts = [_tensors(dataset, name) for dataset, name in zip(made, names, strict=True)]
+    classes = int(max(labels.max() for _, labels in parts)) + 1
+    # The user's own transform has normalised these images already.
+    return Data(*[Split(images, labels) for images, labels in parts], num_classes=classes)

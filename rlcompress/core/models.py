@@ -1,0 +1,164 @@
+"""The networks rlcompress ships, and how a user's own is found by `"pkg.mod:factory"`.
+
+All are torchvision's architectures with three arguments added where small images need them:
+`width` (multiplier of every channel count), `stem_stride` (stride of the first convolution)
+and `in_channels`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torchvision.models import mobilenetv2 as tv_mobilenetv2
+from torchvision.models import resnet as tv_resnet
+from torchvision.models import vgg as tv_vgg
+
+from rlcompress.core.errors import UserError
+
+
+class VGG(nn.Module):
+    """VGG-19 with batch norms (Simonyan & Zisserman, 2015) and a single linear head.
+
+    torchvision's convolutions (configuration E); global average pooling and one Linear
+    in place of the three 4096-wide ones, as is usual for 32 x 32 images.
+    """
+
+    def __init__(self, features: nn.Sequential, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.features = features
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_channels, H, W), H and W at least 32 / stem_stride -> logits (N, num_classes)."""
+        return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+
+
+def _replace_stem(stem: nn.Conv2d, in_channels: int, stride: int) -> nn.Conv2d:
+    new = nn.Conv2d(
+        in_channels,
+        stem.out_channels,
+        kernel_size=cast(tuple[int, int], stem.kernel_size),
+        stride=stride,
+        padding=cast(tuple[int, int], stem.padding),
+        bias=stem.bias is not None,
+    )
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
+    return new
+
+
+def vgg19(
+    num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
+) -> nn.Module:
+    """VGG-19-BN at `width` times torchvision's channels."""
+    plan = [c if isinstance(c, str) else max(1, round(c * width)) for c in tv_vgg.cfgs["E"]]
+    features = tv_vgg.make_layers(plan, batch_norm=True)
+    features[0] = _replace_stem(cast(nn.Conv2d, features[0]), in_channels, stem_stride)
+    channels = [c for c in plan if isinstance(c, int)][-1]
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return VGG(features, channels, num_classes)
+
+
+def mobilenetv2(
+    num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
+) -> nn.Module:
+    """torchvision's MobileNetV2 (Sandler et al., 2018) at `width`."""
+    model = tv_mobilenetv2.MobileNetV2(num_classes=num_classes, width_mult=width)
+    stem = cast(nn.Sequential, model.features[0])
+    stem[0] = _replace_stem(cast(nn.Conv2d, stem[0]), in_channels, stem_stride)
+    return model
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1) -> nn.Module:
+    """torchvision's ResNet-18 (He et al., 2016); at stem stride 1 without the first pooling."""
+    model = tv_resnet.resnet18(num_classes=num_classes)
+    model.conv1 = _replace_stem(model.conv1, in_channels, stem_stride)
+    if stem_stride == 1:
+        model.maxpool = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
+BUILT_IN: Mapping[str, Callable[..., nn.Module]] = {
+    "vgg19": vgg19,
+    "mobilenetv2": mobilenetv2,
+    "resnet18": resnet18,
+}
+
+
+def find_factory(reference: str, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The callable that a built-in name or `"pkg.mod:factory"` names.
+
+    Modules are looked for in the current folder too. Raises UserError with the nearest match.
+    """
+    if reference in built_in:
+        return built_in[reference]
+    if ":" not in reference:
+        near = difflib.get_close_matches(reference, built_in, 1)
+        hint = f'did you mean "{near[0]}"? ' if near else ""
+        raise UserError(
+            f'factory "{reference}": no such name; {hint}allowed: {", ".join(built_in)} '
+            f'or "pkg.mod:factory"'
+        )
+    module_name, _, attribute = reference.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(f'factory "{reference}": cannot import {module_name}: {error}') from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        near = difflib.get_close_matches(attribute, dir(module), 1)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise UserError(f'factory "{reference}": {module_name} has no {attribute}{hint}')
+    return cast(Callable[..., Any], factory)
+
+
+def build_model(
+    factory: str,
+    args: Mapping[str, Any],
+    *,
+    num_classes: int,
+    in_channels: int,
+    seed: int,
+) -> nn.Module:
+    """The network, freshly initialised from `seed`, in eval mode.
+
+    `num_classes` and `in_channels` come from the data and are passed where the factory takes
+    them and `args` does not name them. Raises UserError if the factory refuses its arguments.
+    """
+    function = find_factory(factory, BUILT_IN)
+    known = inspect.signature(function).parameters
+    kwargs: dict[str, Any] = {}
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if name in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            kwargs[name] = value
+    if "in_channels" not in known:
+        kwargs.pop("in_channels", None)
+    kwargs.update(args)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = function(**kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f'model "{factory}" with {kwargs}: {error}') from error
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f'model "{factory}" gave a {type(model).__name__}; a factory returns a torch.nn.Module'
+        )
+    return model.eval()
