@@ -1,0 +1,36 @@
+"""A policy, trained by PPO, that prunes and quantizes neural networks layer by layer.
+
+Importing this package is cheap: nothing below it is imported until it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlcompress.core.schedule import Measurement, Record, Schedule
+
+__all__ = ["Measurement", "Record", "Schedule", "__version__"]
+
+try:
+    __version__ = version("rlcompress")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "Measurement": "rlcompress.core.schedule",
+    "Record": "rlcompress.core.schedule",
+    "Schedule": "rlcompress.core.schedule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,272 @@
+"""What each cut and each bit-width is estimated to cost, before anything is measured: two backward
+passes over a small unlabelled batch.
+
+The loss is the KL divergence between the dense network's predictions and the compressed one's.
+Its gradient at the dense network is zero; to second order it is the Fisher quadratic form
+
+    KL ~ 1/2 E[ <g, d>^2 ],   g = d log p(y|x) / d(...),  y drawn from the network's own p(.|x)
+
+(Amari, 1998; used for pruning by Theis et al., 2018, and Singh & Alistarh, 2020). No labels.
+
+Weights (quantization): with the Fisher's diagonal, KL ~ 1/2 sum_w F_ww dw^2.
+Channels (pruning): d is what a consumer no longer receives. With a_c the channel and g_c its
+gradient through the consumer, one image gives m_c = sum_hw g_c (a_c - mean a_c); the mean goes
+because batch norms (or biases) are re-estimated after the cut. Then
+
+    importance of channel c       1/2 E[m_c^2]          (squared first-order Taylor term,
+                                                          Molchanov et al., 2019, eq. 8)
+    cost of cutting the set S     1/2 E[(sum_{c in S} m_c)^2]
+    the same when consumers are
+    refitted                      a_c is replaced by what the kept channels do not predict of it
+                                  linearly (their covariance says so)
+
+Shapes: N images, C channels of a group, K keep ratios, B bit-widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rlcompress.core.graph import Link, Network
+from rlcompress.core.prune import kept_channels
+from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
+from rlcompress.core.reconstruct import patches, sample_positions
+
+CLIP_POSITIONS = 512
+#: Images of one backward pass for the Fisher diagonal: with sampled labels gradients of
+#: different images are uncorrelated, so a small batch's squared gradient is unbiased.
+FISHER_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Everything the searchers know of a network before they measure anything.
+
+    importance  group -> (C,) nats: decides which channels survive at a given ratio
+    prune       group -> (K,) nats: KL of cutting to each ratio, consumers not refitted
+    prune_refit group -> (K,) nats: the same, consumers refitted
+    quantize    layer -> (B,) nats: KL of each bit-width
+    output_kl   layer -> (B,) nats: histogram KL of what the layer puts out at each bit-width
+    clip        layer -> (B, O) share of the channel's largest weight that is representable
+    """
+
+    keeps: tuple[float, ...]
+    bits: tuple[int, ...]
+    importance: Mapping[str, np.ndarray]
+    prune: Mapping[str, np.ndarray]
+    prune_refit: Mapping[str, np.ndarray]
+    quantize: Mapping[str, np.ndarray]
+    output_kl: Mapping[str, np.ndarray]
+    clip: Mapping[str, np.ndarray]
+
+    def clip_of(self, layer: str, bits: int) -> torch.Tensor:
+        return torch.from_numpy(self.clip[layer][self.bits.index(bits)])
+
+
+def _sampled_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    probabilities = logits.detach().softmax(1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+
+
+def _root_activation(x: torch.Tensor, link: Link, channels: int) -> torch.Tensor:
+    """(N, C, positions) of a consumer's input; a flattened map's features are positions."""
+    columns = x.flatten(2) if x.dim() == 4 else x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)
+    picked = columns[:, torch.from_numpy(link.index)]
+    order = np.argsort(link.root, kind="stable")
+    repeats = len(link.root) // channels
+    return picked[:, torch.from_numpy(order)].reshape(len(x), channels, -1) if repeats else picked
+
+
+class _Consumers:
+    """Keeps each layer's input and the gradient that reaches it through that layer alone."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+        self.inputs: dict[str, torch.Tensor] = {}
+        self._handles = [
+            modules[name].register_forward_pre_hook(self._hook(name)) for name in names
+        ]
+
+    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+        def pre(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            # A fresh tensor per consumer: its .grad is not mixed with other readers' gradients.
+            x = args[0].clone()
+            if not x.requires_grad:
+                x.requires_grad_()
+            x.retain_grad()
+            self.inputs[name] = x
+            return (x, *args[1:])
+
+        return pre
+
+    def pair(self, name: str, link: Link, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A group's centred channels a_NCP as this layer reads them, and their gradient g_NCP."""
+        x = self.inputs[name]
+        assert x.grad is not None
+        a_NCP = _root_activation(x.detach(), link, channels)
+        return a_NCP - a_NCP.mean((0, 2), keepdim=True), _root_activation(x.grad, link, channels)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _readers(network: Network) -> dict[str, list[tuple[str, Link]]]:
+    """Group -> the layers that read it (depthwise ones pass it on, they are not readers)."""
+    readers: dict[str, list[tuple[str, Link]]] = {g: [] for g in network.groups}
+    for layer in network.layers.values():
+        for link in layer.inputs if layer.kind != "depthwise" else ():
+            readers[link.group].append((layer.name, link))
+    return readers
+
+
+def _backward(model: nn.Module, chunk: torch.Tensor, generator: torch.Generator) -> None:
+    logits = model(chunk)
+    model.zero_grad(set_to_none=True)
+    labels = _sampled_labels(logits, generator)
+    F.cross_entropy(logits, labels, reduction="sum").backward()
+
+
+def _first_pass(
+    model: nn.Module, network: Network, images: torch.Tensor, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], dict[str, torch.Tensor]]:
+    """Layer -> E[g_w^2]; group -> importance (C,); group -> covariance (C, C)."""
+    modules = dict(model.named_modules())
+    readers = _readers(network)
+    fisher = {name: torch.zeros_like(modules[name].weight) for name in network.layers}  # type: ignore[arg-type]
+    importance = {n: np.zeros(g.channels) for n, g in network.groups.items()}
+    covariance = {n: torch.zeros(g.channels, g.channels) for n, g in network.groups.items()}
+    consumers = _Consumers(modules, sorted({n for pairs in readers.values() for n, _ in pairs}))
+    try:
+        for chunk in images.split(FISHER_BATCH):
+            _backward(model, chunk, generator)
+            for name in network.layers:
+                gradient = modules[name].weight.grad
+                if gradient is not None:
+                    fisher[name] += gradient.square() / len(images)  # type: ignore[operator, union-attr]
+            for name, pairs in readers.items():
+                signal = torch.zeros(len(chunk), network.groups[name].channels)
+                for reader, link in pairs:
+                    a_NCP, g_NCP = consumers.pair(reader, link, network.groups[name].channels)
+                    signal += (g_NCP * a_NCP).sum(2).cpu()
+                    flat = a_NCP.transpose(0, 1).flatten(1)
+                    covariance[name] += (flat @ flat.T).cpu() / flat.shape[1]
+                importance[name] += 0.5 * signal.square().sum(0).numpy() / len(images)
+    finally:
+        consumers.close()
+        model.zero_grad(set_to_none=True)
+    return fisher, importance, covariance
+
+
+def _predictor(covariance: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
+    """(kept, cut): the ridge regression of the cut channels on the kept ones."""
+    keep, gone = torch.from_numpy(np.flatnonzero(kept)), torch.from_numpy(np.flatnonzero(~kept))
+    a = covariance[keep][:, keep].double()
+    ridge = 1e-2 * a.diagonal().mean() + 1e-12
+    identity = torch.eye(len(keep), dtype=a.dtype)
+    return torch.linalg.solve(a + ridge * identity, covariance[keep][:, gone].double()).float()
+
+
+def _cut_costs(
+    model: nn.Module,
+    network: Network,
+    images: torch.Tensor,
+    kept: Mapping[str, list[np.ndarray]],
+    covariance: Mapping[str, torch.Tensor],
+    generator: torch.Generator,
+    batch: int,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Group -> (K,) of 1/2 E[(sum over cut channels)^2]: plain, and with consumers refitted."""
+    readers = _readers(network)
+    modules = dict(model.named_modules())
+    device = images.device
+    predictors = {
+        name: [_predictor(covariance[name], mask).to(device) for mask in masks]
+        for name, masks in kept.items()
+    }
+    plain = {name: np.zeros(len(masks)) for name, masks in kept.items()}
+    refitted = {name: np.zeros(len(masks)) for name, masks in kept.items()}
+    consumers = _Consumers(modules, sorted({n for pairs in readers.values() for n, _ in pairs}))
+    try:
+        for chunk in images.split(batch):
+            _backward(model, chunk, generator)
+            for name, masks in kept.items():
+                signals = torch.zeros(2, len(masks), len(chunk))
+                for reader, link in readers[name]:
+                    a_NCP, g_NCP = consumers.pair(reader, link, network.groups[name].channels)
+                    for k, mask in enumerate(masks):
+                        keep = torch.from_numpy(mask).to(device)
+                        g_gone = g_NCP[:, ~keep]
+                        predicted = predictors[name][k].T @ a_NCP[:, keep]
+                        direct = (g_gone * a_NCP[:, ~keep]).sum((1, 2))
+                        signals[0, k] += direct.cpu()
+                        signals[1, k] += (direct - (g_gone * predicted).sum((1, 2))).cpu()
+                halves = 0.5 * signals.square().sum(2).numpy() / len(images)
+                plain[name] += halves[0]
+                refitted[name] += halves[1]
+    finally:
+        consumers.close()
+        model.zero_grad(set_to_none=True)
+    return plain, {name: np.minimum(plain[name], refitted[name]) for name in plain}
+
+
+def estimate(
+    model: nn.Module,
+    network: Network,
+    images: torch.Tensor,
+    *,
+    keeps: Sequence[float],
+    bits: Sequence[int],
+    clip: str = "auto",
+    seed: int = 0,
+    batch: int = 64,
+) -> Estimates:
+    """Estimates from unlabelled `images` (N, C, H, W); about five forwards' time.
+
+    `clip` is the rule of `quant.choose_clip`. The model is left as it was.
+    """
+    model = model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    fisher, importance, covariance = _first_pass(model, network, images, generator)
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in network.groups}
+    for ratio in keeps:
+        counts = {name: group.count(ratio) for name, group in network.groups.items()}
+        for name, mask in kept_channels(network, importance, counts).items():
+            kept[name].append(mask)
+    prune, refit = _cut_costs(model, network, images, kept, covariance, generator, batch)
+
+    modules = dict(model.named_modules())
+    inputs = _Consumers(modules, list(network.layers))
+    with torch.no_grad():
+        try:
+            model(images[:batch].clone())
+        finally:
+            inputs.close()
+        quantize, output_kl, clips = {}, {}, {}
+        for name, layer in network.layers.items():
+            module, x = modules[name], inputs.inputs.pop(name).detach()
+            assert isinstance(module, nn.Conv2d | nn.Linear)
+            y_shape = module(x).shape
+            at = sample_positions(y_shape, len(x), CLIP_POSITIONS, generator)
+            patch = patches(module, x, at, layer.conv_groups)
+            losses, divergences, shares = [], [], []
+            for width in bits:
+                share_O, kl = choose_clip(module.weight, patch, width, clip)
+                restored = fake_quantize(
+                    module.weight, scale_of(module.weight, share_O, width), width
+                )
+                change = restored - module.weight
+                losses.append(0.5 * float((fisher[name] * change.square()).sum()))
+                divergences.append(kl)
+                shares.append(share_O.cpu().numpy())
+            quantize[name] = np.array(losses)
+            output_kl[name] = np.array(divergences)
+            clips[name] = np.stack(shares).astype(np.float32)
+    return Estimates(
+        tuple(keeps), tuple(bits), importance, prune, refit, quantize, output_kl, clips
+    )

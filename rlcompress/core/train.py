@@ -1,0 +1,226 @@
+"""One training loop for everything that is trained: dense networks, tickets, controls.
+
+Resumable and reproducible: order and augmentation follow from (seed, epoch) alone and the
+optimizer's state is saved with the weights, so a run that was cut off ends bit for bit where
+an undisturbed one does (on one device and thread count). Checkpoints are safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF  # noqa: N812
+
+from rlcompress.core.cost import Cost
+from rlcompress.core.data import Split
+from rlcompress.core.errors import UserError
+from rlcompress.core.evaluate import compare
+from rlcompress.core.schedule import Measurement
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD with Nesterov momentum 0.9, one-cycle learning rate (10 % warm-up).
+
+    lr is the peak; `distill` adds KL to the teacher's logits in equal parts with the labels.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    augment: bool = False
+    distill: bool = False
+
+
+def _batches(split: Split, recipe: Recipe, seed: int, epoch: int) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(split), generator=generator)
+    # The last, partial batch would give its batch norms noise: it is dropped, others take turns.
+    count = max(1, len(order) // recipe.batch_size)
+    yield from order[: count * recipe.batch_size].split(recipe.batch_size)
+
+
+def _augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random crop after padding by an eighth, and a random mirror, the same for a batch half."""
+    pad = images.shape[-1] // 8
+    padded = TF.pad(images, [pad])
+    top, left = torch.randint(0, 2 * pad + 1, (2,), generator=generator).tolist()
+    cropped = padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), cropped.flip(-1), cropped)
+
+
+def _rate(recipe: Recipe, step: int, total: int) -> float:
+    """One cycle (Smith & Topin, 2019): linear up over the first tenth, then linear to zero."""
+    warm = max(1, total // 10)
+    return recipe.lr * min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: Any) -> None:
+    """safetensors with JSON metadata, by temporary file and rename."""
+    part = path.with_name(path.name + ".part")
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    save_file(plain, part, metadata={"json": json.dumps(metadata)})
+    os.replace(part, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The inverse of `save_tensors`."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads((file.metadata() or {}).get("json", "{}"))
+
+
+class _Checkpoint:
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
+
+    def load(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[int, list[dict[str, Any]]]:
+        if self.path is None or not self.path.exists():
+            return 0, []
+        tensors, metadata = load_tensors(self.path)
+        if metadata.get("key") != self.key:
+            return 0, []
+        model.load_state_dict(
+            {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        )
+        for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            if f"momentum.{i}" in tensors:
+                buffer = tensors[f"momentum.{i}"].to(parameter)
+                optimizer.state[parameter]["momentum_buffer"] = buffer
+        return int(metadata["epoch"]), list(metadata["curve"])
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+        curve: list[dict[str, Any]],
+    ) -> None:
+        if self.path is None:
+            return
+        tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
+        for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+            buffer = optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                tensors[f"momentum.{i}"] = buffer
+        save_tensors(self.path, tensors, key=self.key, epoch=epoch, curve=curve)
+
+    def clear(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def train(
+    model: nn.Module,
+    data: Split,
+    recipe: Recipe,
+    *,
+    seed: int,
+    validation: Split | None = None,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    key: str = "",
+    on_epoch: Callable[[int, dict[str, Any]], None] = lambda epoch, row: None,
+) -> list[dict[str, Any]]:
+    """Trains `model` in place and leaves it in eval mode; returns the curve, a row an epoch:
+    `epoch`, `step`, `loss` (mean over the epoch), `validation_accuracy` (0-1, or None).
+
+    `checkpoint` is written after every epoch and removed at the end; one with another `key`
+    is ignored. Raises UserError if the loss stops being finite.
+    """
+    device = next(model.parameters()).device
+    model.to(memory_format=torch.channels_last)
+    decayed = list(model.parameters())
+    optimizer = torch.optim.SGD(
+        decayed, lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+    )
+    saved = _Checkpoint(checkpoint, key)
+    start, curve = saved.load(model, optimizer)
+    steps = max(1, len(data) // recipe.batch_size)
+    total = steps * recipe.epochs
+    for epoch in range(start, recipe.epochs):
+        model.train()
+        torch.manual_seed(seed * 1_000_003 + epoch)
+        noise = torch.Generator().manual_seed(seed * 1_000_003 + epoch + 500_000)
+        losses = []
+        for i, index in enumerate(_batches(data, recipe, seed, epoch)):
+            images = data.images(index).to(device, memory_format=torch.channels_last)
+            labels = data.labels_N[index].to(device)
+            if recipe.augment:
+                images = _augment(images, noise)
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            if recipe.distill and teacher is not None:
+                with torch.no_grad():
+                    wanted = teacher(images).log_softmax(1)
+                distance = F.kl_div(
+                    logits.log_softmax(1), wanted, log_target=True, reduction="batchmean"
+                )
+                loss = 0.5 * (loss + distance)
+            optimizer.param_groups[0]["lr"] = _rate(recipe, epoch * steps + i, total)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(decayed, 5.0)
+            optimizer.step()
+            losses.append(loss.detach())
+        mean = float(torch.stack(losses).mean())
+        if not mean == mean or mean == float("inf"):
+            raise UserError(
+                f"training loss is {mean} in epoch {epoch + 1}; try a lower lr (now {recipe.lr})"
+            )
+        model.eval()
+        accuracy = None if validation is None else top1(model, validation)
+        row = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * steps,
+            "loss": mean,
+            "validation_accuracy": accuracy,
+        }
+        curve.append(row)
+        saved.save(model, optimizer, epoch + 1, curve)
+        on_epoch(epoch + 1, row)
+    model.eval()
+    saved.clear()
+    return curve
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, split: Split, batch: int = 512) -> torch.Tensor:
+    """(N, classes) on the CPU, the model in eval mode on its own device."""
+    device = next(model.parameters()).device
+    model.eval()
+    return torch.cat(
+        [
+            model(
+                split.images(slice(at, at + batch)).to(device, memory_format=torch.channels_last)
+            ).cpu()
+            for at in range(0, len(split), batch)
+        ]
+    )
+
+
+def top1(model: nn.Module, split: Split) -> float:
+    """Accuracy, 0-1."""
+    return float((logits_of(model, split).argmax(1) == split.labels_N).float().mean())
+
+
+def measure(
+    model: nn.Module, split: Split, dense_logits: torch.Tensor, cost: Cost
+) -> Measurement:
+    """A network's measurement on a split; `dense_logits` are the dense network's on it."""
+    return cost.measurement(*compare(logits_of(model, split), dense_logits, split.labels_N))

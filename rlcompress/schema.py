@@ -1,0 +1,273 @@
+"""The options of an experiment: each with its range, its default and what it means.
+
+`spec` reads them from a file; this module only says what is allowed, and what an
+experiment's hash is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+)
+
+MODELS = ("vgg19", "mobilenetv2", "resnet18")
+DATASETS = ("digits", "fashion_mnist", "cifar10")
+Searcher = Literal["ppo", "knapsack", "random", "uniform"]
+
+# What a run may change without invalidating its results: where it runs and what it is called.
+_UNHASHED: Any = {
+    "tracking": True,
+    "description": True,
+    "device": True,
+    "threads": True,
+    "ppo": {
+        "address",
+        "num_env_runners",
+        "num_envs_per_env_runner",
+        "num_gpus_per_env_runner",
+    },
+}
+
+
+def did_you_mean(word: object, allowed: Sequence[str]) -> str:
+    """`; did you mean "NEAREST"?`, or nothing when no allowed word is near."""
+    matches = difflib.get_close_matches(str(word), allowed, n=1)
+    return f'; did you mean "{matches[0]}"?' if matches else ""
+
+
+def _factory(names: Sequence[str]) -> AfterValidator:
+    def check(value: str) -> str:
+        if value in names or re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", value):
+            return value
+        raise ValueError(
+            f'must be one of {", ".join(names)}, or your own as "package.module:function"'
+            + did_you_mean(value, names)
+        )
+
+    return AfterValidator(check)
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("must not name a value twice")
+    return values
+
+
+def _has_one(keeps: tuple[float, ...]) -> tuple[float, ...]:
+    if 1.0 not in keeps:
+        raise ValueError("must include 1.0, which keeps a group whole")
+    return keeps
+
+
+def _size_range(target: tuple[float, float]) -> tuple[float, float]:
+    low, high = target
+    if not 1.0 < low <= high:
+        raise ValueError("must be [low, high] with 1 < low <= high")
+    return target
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ValueError(
+            "must be one of auto, cpu, cuda, cuda:<index>, mps"
+            + did_you_mean(value, ("auto", "cpu", "cuda", "mps"))
+        )
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(_Section):
+    """The network to compress."""
+
+    factory: Annotated[str, _factory(MODELS)] = Field(
+        description='vgg19, mobilenetv2, resnet18, or "package.module:function"'
+    )
+    args: dict[str, JsonValue] = Field({}, description="keyword arguments of the factory")
+
+
+class DataSpec(_Section):
+    """The data it was trained on."""
+
+    factory: Annotated[str, _factory(DATASETS)] = Field(
+        description='digits, fashion_mnist, cifar10, or "package.module:function"'
+    )
+    args: dict[str, JsonValue] = Field({}, description="keyword arguments of the factory")
+
+
+class DenseSpec(_Section):
+    """Training of the dense network."""
+
+    epochs: int = Field(12, ge=1, description="passes over the training images")
+    batch_size: int = Field(128, ge=1, description="images a step")
+    lr: float = Field(0.1, gt=0, description="peak learning rate of SGD")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on the weights")
+    rewind_epoch: int = Field(
+        1,
+        ge=0,
+        validate_default=True,
+        description="theta_k: weights after this many epochs; below epochs, 0 = initial weights",
+    )
+    augment: bool = Field(False, description="random crops and flips of the training images")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label spread evenly")
+
+    @field_validator("rewind_epoch")
+    @classmethod
+    def _before_the_end(cls, value: int, info: ValidationInfo) -> int:
+        epochs = info.data.get("epochs")
+        if epochs is not None and value >= epochs:
+            raise ValueError(f"must be below dense.epochs ({epochs})")
+        return value
+
+
+class CalibrationSpec(_Section):
+    """Images that schedules are recovered and scored on."""
+
+    fit_images: int = Field(256, ge=1, description="images the reconstruction is fitted on")
+    score_images: int = Field(256, ge=1, description="other images, which give the score")
+    positions: int = Field(
+        2048, ge=1, description="output positions sampled a layer for the reconstruction"
+    )
+    estimate_images: int = Field(128, ge=1, description="images of the Fisher and Taylor estimates")
+
+
+class SearchSpec(_Section):
+    """What is searched, by whom, for how long."""
+
+    searcher: Searcher = Field("ppo", description="who proposes schedules")
+    baselines: Annotated[tuple[Searcher, ...], Field(strict=False), AfterValidator(_distinct)] = (
+        Field(("uniform",), description="searchers to compare with, on the same evaluator")
+    )
+    evaluations: int = Field(200, ge=1, description="schedules the searcher may measure")
+    baseline_evaluations: int | None = Field(
+        None, ge=1, description="schedules each baseline may measure; null = evaluations"
+    )
+    target: Annotated[tuple[float, float], Field(strict=False), AfterValidator(_size_range)] = (
+        Field((8.0, 40.0), description="[low, high] of dense bytes / artifact bytes, above 1")
+    )
+    keeps: Annotated[
+        tuple[Annotated[float, Field(gt=0, le=1)], ...],
+        Field(strict=False, min_length=1),
+        AfterValidator(_distinct),
+        AfterValidator(_has_one),
+    ] = Field(
+        (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1),
+        description="keep ratios a group may take, in (0, 1], with 1.0",
+    )
+    bits: Annotated[
+        tuple[Annotated[int, Field(ge=2, le=8)], ...],
+        Field(strict=False, min_length=1),
+        AfterValidator(_distinct),
+    ] = Field((2, 3, 4, 5, 6, 8), description="weight bits a layer may take, 2 to 8")
+    recovery: Literal["none", "bn", "reconstruct"] = Field(
+        "reconstruct", description="before scoring: nothing, batch norms, or least squares"
+    )
+    score: Literal["kl", "accuracy"] = Field("kl", description="what ranks schedules")
+    clip: Literal["auto", "kl", "mse"] = Field("auto", description="rule for the clipping range")
+    cache_mb: int = Field(256, ge=0, description="bound of the activation cache, MiB a process")
+
+
+class PPOSpec(_Section):
+    """Proximal policy optimization (Schulman et al., 2017)."""
+
+    num_env_runners: int = Field(2, ge=0, description="Ray actors that play; 0 = the driver")
+    num_envs_per_env_runner: int = Field(1, ge=1, description="episodes in lockstep an actor")
+    num_gpus_per_env_runner: float = Field(0.0, ge=0, description="share of a GPU an actor")
+    episodes_per_iteration: int = Field(16, ge=1, description="episodes between two updates")
+    epochs: int = Field(6, ge=1, description="passes over the episodes an update")
+    minibatch_size: int = Field(128, ge=1, description="steps a gradient")
+    lr: float = Field(1e-3, gt=0, description="learning rate of Adam")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount factor")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the advantage estimate")
+    clip: float = Field(0.2, gt=0, lt=1, description="bound on the probability ratio")
+    entropy: float = Field(0.003, ge=0, description="coefficient of the entropy bonus")
+    vf_coeff: float = Field(0.5, ge=0, description="coefficient of the value loss")
+    hidden: int = Field(64, ge=1, description="hidden units a layer")
+    temperature: float = Field(1.0, gt=0, description="temperature of the prior")
+    shaping: float = Field(1.0, ge=0, description="weight of the potential-based shaping")
+    address: str | None = Field(
+        None, description="Ray cluster; null = RAY_ADDRESS, else one on this machine"
+    )
+
+
+class TicketSpec(_Section):
+    """Retraining of the best schedules."""
+
+    top: int = Field(1, ge=1, description="schedules of the front that become tickets")
+    floor: float = Field(1.0, ge=0, le=100, description="points of accuracy below dense allowed")
+    epochs: int = Field(6, ge=1, description="passes over the training images")
+    batch_size: int = Field(128, ge=1, description="images a step")
+    lr: float = Field(0.02, gt=0, description="peak learning rate of SGD")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on the weights")
+    distill: bool = Field(True, description="learn from the dense network's logits")
+    fit_images: int = Field(1024, ge=1, description="images of the final reconstruction")
+
+
+class ExportSpec(_Section):
+    """Files a ticket is written to."""
+
+    onnx: bool = Field(True, description="write model.onnx beside the packed weights")
+
+
+class TrackingSpec(_Section):
+    """Where MLflow keeps its records."""
+
+    uri: str | None = Field(
+        None, description="null = MLFLOW_TRACKING_URI, else mlflow.db in the run folder"
+    )
+
+
+class Experiment(_Section):
+    """One resolved experiment: everything a run depends on."""
+
+    model: ModelSpec = Field(description="the network to compress")
+    data: DataSpec = Field(description="the data it was trained on")
+    dense: DenseSpec = Field(DenseSpec(), description="training of the dense network")
+    calibration: CalibrationSpec = Field(CalibrationSpec(), description="calibration images")
+    search: SearchSpec = Field(SearchSpec(), description="what is searched, by whom, how long")
+    ppo: PPOSpec = Field(PPOSpec(), description="the policy and how it learns")
+    ticket: TicketSpec = Field(TicketSpec(), description="retraining of the best schedules")
+    export: ExportSpec = Field(ExportSpec(), description="files a ticket is written to")
+    tracking: TrackingSpec = Field(TrackingSpec(), description="where MLflow keeps its records")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random number")
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        "auto", description="auto, cpu, cuda, cuda:<index> or mps"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of PyTorch; null = its choice")
+    description: str = Field("", description="one line for `rlcompress ls`")
+
+
+def spec_hash(experiment: Experiment, *sections: str) -> str:
+    """Twelve hex digits that name what an experiment computes, or what `sections` of it do.
+
+    Options at their default stay out, so that a new option orphans no old run. So does what
+    changes no result: tracking, description, device, threads, ppo.address and the number and
+    share of the env runners. Raises ValueError on a section that does not exist.
+    """
+    unknown = [name for name in sections if name not in Experiment.model_fields]
+    if unknown:
+        raise ValueError(f"no such section: {', '.join(unknown)}")
+    values = experiment.model_dump(mode="json", exclude_defaults=True, exclude=_UNHASHED)
+    # A section whose only changed options are left out must hash like one that is untouched.
+    values = {
+        name: value
+        for name, value in values.items()
+        if value != {} and (not sections or name in sections)
+    }
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

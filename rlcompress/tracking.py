@@ -1,0 +1,400 @@
+"""MLflow: a parent run for an experiment, a child run for a ticket, a version for a model.
+
+The only file that knows MLflow. Every call asks MLflow what is there already and adds what
+is missing, so calling it twice, or again after a crash, doubles nothing. It keeps no global
+state: neither the active run nor MLflow's tracking URI is touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import urlsplit
+
+# MLflow reads these on import or at each request; what the user set stands. Its own defaults,
+# 7 retries of 120 s, make an unreachable server a wait of a quarter of an hour.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+import mlflow
+import mlflow.pytorch
+import sqlalchemy
+import torch
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import Schema, TensorSpec
+from requests import RequestException  # type: ignore[import-untyped]
+from sqlalchemy.exc import SQLAlchemyError
+
+from rlcompress.core.schedule import Measurement, Record
+
+#: Accuracy (0-1) that a density may cost: it is quoted at dense accuracy minus this.
+FLOOR_MARGIN = 0.01
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+_ADVICE = "MLFLOW_TRACKING_URI names another; unset, the run folder is used"
+_METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100  # MLflow's limits
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Plain = Mapping[str, Any]  # the content of a JSON or YAML file
+Row = tuple[str, int, float]  # metric, step, value
+
+
+class TrackingError(RuntimeError):
+    """MLflow could not be reached or refused; the message names its URI (password hidden)."""
+
+
+def _clear(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate[Tracker, P], T]:
+    """Turn what MLflow, its database or its server raise into one `TrackingError`."""
+
+    @functools.wraps(method)
+    def call(self: Tracker, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except (MlflowException, SQLAlchemyError, RequestException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise self._error(f"{reason} ({_ADVICE})") from error
+
+    return call
+
+
+class Tracker:
+    """One MLflow parent run an experiment, a child run a ticket.
+
+    run         the experiment's run folder; `mlflow.json` in it names the run for good
+    experiment  names the MLflow experiment and the registered model: rlcompress-<experiment>
+    spec        the resolved experiment, nested; becomes the parent's params and spec.yaml
+    spec_hash   another hash in the same folder is another parent run
+    uri         MLflow's tracking URI; None takes MLFLOW_TRACKING_URI or, without it,
+                mlflow.db and mlartifacts/ inside the run folder
+
+    Every method, this one included, raises TrackingError when MLflow does not answer.
+    """
+
+    @_clear
+    def __init__(
+        self, run: Path, *, experiment: str, spec: Plain, spec_hash: str, uri: str | None = None
+    ) -> None:
+        self.run = run.resolve()
+        self.run.mkdir(parents=True, exist_ok=True)
+        embedded = f"sqlite:///{self.run / 'mlflow.db'}"
+        self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or embedded
+        self.name = f"rlcompress-{experiment}"
+        self._histories: dict[tuple[str, str], dict[int, float]] = {}
+        for noisy in ("mlflow", "alembic"):
+            logging.getLogger(noisy).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
+
+        _try_database(self.uri)
+        self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        self.experiment_id = self._find_experiment()
+        run_id = _run_id(self.run / "mlflow.json")
+        self._tags = {"rlcompress.run_id": run_id, "rlcompress.spec_hash": spec_hash}
+        tags = {**self._tags, "rlcompress.role": "experiment"}
+        self.parent_id = self._find_or_create(tags, experiment)
+        self.client.update_run(self.parent_id, status="RUNNING")
+        params = {"experiment": experiment, "spec_hash": spec_hash, **_flat(spec)}
+        self._log_params(self.parent_id, params)
+        self.client.log_dict(self.parent_id, dict(spec), "spec.yaml")
+
+    @_clear
+    def log_dense(self, metrics: Plain) -> None:
+        """Log `dense/metrics.json`: its curve by step, its last measurement, seed and inputs."""
+        params = {f"dense.{name}": metrics[name] for name in ("inputs", "seed")}
+        self._log_params(self.parent_id, params)
+        values = _measured("dense.", metrics["validation"]) | {"dense.seconds": metrics["seconds"]}
+        self._log_metrics(self.parent_id, _curve("dense", metrics["curve"]) + _values(values))
+
+    @_clear
+    def log_archive(self, records: Sequence[Record]) -> None:
+        """Log the records that MLflow does not have, by step = evaluation.
+
+        A searcher's metrics are <searcher>/accuracy (0-1), /kl (nats), /bytes, /density, and
+        /best_density: the highest density so far at an accuracy of at least the dense
+        network's minus `FLOOR_MARGIN`. Raises FileNotFoundError without search/dense.json.
+        """
+        path = self.run / "search" / "dense.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: the search measures the dense network")
+        floor = Measurement.from_dict(json.loads(path.read_text())).accuracy - FLOOR_MARGIN
+        rows: list[Row] = []
+        for searcher in sorted({record.searcher for record in records}):
+            known = self._history(self.parent_id, f"{searcher}/best_density")
+            last, best = max(known, default=0), max(known.values(), default=0.0)
+            mine = [record for record in records if record.searcher == searcher]
+            for record in sorted(mine, key=lambda r: r.evaluation):
+                step, measured = record.evaluation, record.measurement
+                for name in ("accuracy", "kl", "bytes", "density"):
+                    rows.append((f"{searcher}/{name}", step, getattr(measured, name)))
+                if step > last and measured.accuracy >= floor:
+                    best = max(best, measured.density)
+                if step > last and best > 0.0:
+                    rows.append((f"{searcher}/best_density", step, best))
+        self._log_metrics(self.parent_id, rows)
+
+    @_clear
+    def log_ticket(
+        self, folder: Path, ticket: Plain, model: torch.nn.Module, example_input: torch.Tensor
+    ) -> None:
+        """Log a ticket as a child run: params, metrics, curves, files and the model.
+
+        folder         tickets/<id>; all its files become artifacts
+        ticket         the content of its ticket.json
+        example_input  (N, ...), N >= 1: what `model` takes; the logged graph takes any N
+
+        The model is logged as a pt2 graph, which loads without unpickling. Raises ValueError
+        if `model` exports only with a fixed batch size.
+        """
+        child = self._child(ticket)
+        if "rlcompress.complete" in self.client.get_run(child).data.tags:
+            return
+        names = ("id", "searcher", "arm", "seed", "spec_hash", "target", "split")
+        self._log_params(child, {name: ticket[name] for name in names})
+        self._log_metrics(child, _ticket_rows(ticket))
+        self.client.log_artifacts(child, str(folder))
+        self.client.log_dict(child, ticket["schedule"], "schedule.json")
+        if self._logged_model(child) is None:
+            self._log_model(child, model, example_input)
+        self.client.set_tag(child, "rlcompress.complete", "true")
+        self.client.set_terminated(child, "FINISHED")
+
+    @_clear
+    def register(self, ticket: Plain) -> str:
+        """Register the ticket's model as a version of rlcompress-<experiment>; the version.
+
+        The alias `champion` moves to it if there is none yet or if it is denser than the
+        champion. Density counts at the accuracy floor only: a ticket that lost more than
+        `FLOOR_MARGIN` never takes the alias from one that did not. Raises TrackingError if
+        `log_ticket` has not logged this ticket.
+        """
+        child = self._child(ticket)
+        model = self._logged_model(child)
+        if model is None:
+            raise self._error(f"no model of ticket {ticket['id']}: log_ticket comes first")
+        measured = Measurement.from_dict(ticket["ticket"])
+        at_floor = measured.accuracy >= ticket["dense"]["accuracy"] - FLOOR_MARGIN
+        if not self.client.search_registered_models(f"name = '{self.name}'"):
+            self.client.create_registered_model(self.name)
+        found = self.client.search_model_versions(f"name = '{self.name}' and run_id = '{child}'")
+        if found:
+            version = str(found[0].version)
+        else:
+            tags = {
+                **self._tags,
+                "rlcompress.ticket": str(ticket["id"]),
+                "rlcompress.density": repr(measured.density),
+                "rlcompress.at_floor": str(at_floor),
+            }
+            # Not models:/<id>: a database registry would look for it at the global URI.
+            source = model.artifact_location
+            created = self.client.create_model_version(
+                self.name, source, run_id=child, model_id=model.model_id, tags=tags
+            )
+            version = str(created.version)
+        if self._beats_champion(at_floor, measured.density):
+            self.client.set_registered_model_alias(self.name, "champion", version)
+        return version
+
+    @_clear
+    def log_figures(self, folder: Path) -> None:
+        """Log the report's PNG files and index.html as the parent's artifacts, in report/."""
+        for path in sorted([*folder.glob("*.png"), *folder.glob("index.html")]):
+            self.client.log_artifact(self.parent_id, str(path), "report")
+
+    @_clear
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the parent as FINISHED, FAILED or KILLED; a child that was cut short is FAILED.
+
+        Raises ValueError on another status. A later Tracker on the same folder reopens it.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r}: one of {', '.join(STATUSES)}")
+        for run in self._search({**self._tags, "rlcompress.role": "ticket"}):
+            if run.info.status == "RUNNING":
+                self.client.set_terminated(run.info.run_id, "FAILED")
+        self.client.set_terminated(self.parent_id, status)
+
+    def _error(self, reason: str) -> TrackingError:
+        message = f"MLflow at {self.uri}: {reason}"
+        return TrackingError(re.sub(r"(://[^/@\s]*?):[^/@\s]*@", r"\1:***@", message))
+
+    def _find_experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self.name)
+        if found is None:
+            # A server knows where artifacts go; a database would drop them into ./mlruns.
+            served = urlsplit(self.uri).scheme in ("http", "https", "databricks")
+            location = None if served else (self.run / "mlartifacts").as_uri()
+            return str(self.client.create_experiment(self.name, artifact_location=location))
+        if found.lifecycle_stage == "deleted":
+            restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            raise self._error(f"experiment {self.name} was deleted; to restore it: {restore}")
+        return str(found.experiment_id)
+
+    def _search(self, tags: Mapping[str, str]) -> list[Any]:
+        """The runs that carry all `tags`, oldest first."""
+        terms = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        runs = self.client.search_runs([self.experiment_id], terms)
+        return sorted(runs, key=lambda run: run.info.start_time)
+
+    def _find_or_create(self, tags: Mapping[str, str], name: str, **more: str) -> str:
+        found = self._search(tags)
+        if not found:
+            every = {**tags, **more}
+            found = [self.client.create_run(self.experiment_id, tags=every, run_name=name)]
+        return str(found[0].info.run_id)
+
+    def _child(self, ticket: Plain) -> str:
+        tags = {**self._tags, "rlcompress.role": "ticket", "rlcompress.ticket": str(ticket["id"])}
+        name = f"ticket {ticket['id']}"
+        return self._find_or_create(tags, name, **{"mlflow.parentRunId": self.parent_id})
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+        known = self.client.get_run(run_id).data.params
+        rows = [Param(k, str(v)) for k, v in params.items() if k not in known]
+        for i in range(0, len(rows), _PARAMS_PER_BATCH):
+            self.client.log_batch(run_id, params=rows[i : i + _PARAMS_PER_BATCH])
+
+    def _history(self, run_id: str, key: str) -> dict[int, float]:
+        """Step -> value of what MLflow holds of one metric; asked once, then kept up."""
+        if (run_id, key) not in self._histories:
+            points = self.client.get_metric_history(run_id, key)
+            self._histories[run_id, key] = {point.step: point.value for point in points}
+        return self._histories[run_id, key]
+
+    def _log_metrics(self, run_id: str, rows: Iterable[Row]) -> None:
+        """Log the rows whose step MLflow does not hold of that metric."""
+        now = time.time_ns() // 1_000_000
+        new = {(k, s): float(v) for k, s, v in rows if s not in self._history(run_id, k)}
+        items = [Metric(key, value, now, step) for (key, step), value in new.items()]
+        for i in range(0, len(items), _METRICS_PER_BATCH):
+            batch = items[i : i + _METRICS_PER_BATCH]
+            self.client.log_batch(run_id, metrics=batch)
+            for metric in batch:
+                self._history(run_id, metric.key)[metric.step] = metric.value
+
+    def _logged_model(self, child: str) -> LoggedModel | None:
+        """The child's finished model. One that a crash cut short is deleted."""
+        ready = None
+        where = f"source_run_id = '{child}'"
+        for logged in self.client.search_logged_models([self.experiment_id], where):
+            if logged.status == LoggedModelStatus.READY:
+                ready = logged
+            else:
+                self.client.delete_logged_model(logged.model_id)
+        return ready
+
+    def _log_model(self, child: str, model: torch.nn.Module, example: torch.Tensor) -> None:
+        logged = self.client.create_logged_model(self.experiment_id, "model", child)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            _save_pt2(model, example, folder, Model(model_id=logged.model_id, run_id=child))
+            self.client.log_model_artifacts(logged.model_id, str(folder))
+        self.client.log_outputs(child, [LoggedModelOutput(logged.model_id, step=0)])
+        self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+
+    def _beats_champion(self, at_floor: bool, density: float) -> bool:
+        aliases = self.client.get_registered_model(self.name).aliases
+        if "champion" not in aliases:
+            return True
+        tags = self.client.get_model_version(self.name, aliases["champion"]).tags
+        if "rlcompress.density" not in tags:  # somebody's own choice, by hand
+            return False
+        champion = (tags["rlcompress.at_floor"] == "True", float(tags["rlcompress.density"]))
+        return (at_floor, density) > champion
+
+
+def _save_pt2(model: torch.nn.Module, example: torch.Tensor, folder: Path, about: Model) -> None:
+    """Write a copy of `model` as an MLflow model in pt2 format, with a free batch size."""
+    model = copy.deepcopy(model).cpu().eval()
+    # torch.export takes a size of 1 for a constant, so the example needs two rows.
+    pair = example[:1].detach().cpu().repeat_interleave(2, dim=0)
+    with torch.no_grad():
+        output = model(pair)
+    specs = (TensorSpec(t.numpy().dtype, (-1, *t.shape[1:])) for t in (pair, output))
+    given, made = (Schema([spec]) for spec in specs)
+    mlflow.pytorch.save_model(
+        model,
+        str(folder),
+        mlflow_model=about,
+        signature=ModelSignature(inputs=given, outputs=made),
+        input_example=pair.numpy(),
+        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
+        serialization_format="pt2",
+    )
+    graph = torch.export.load(folder / "data" / "model.pt2")
+    (name,) = graph.graph_signature.user_inputs
+    (node,) = (node for node in graph.graph.nodes if node.name == name)
+    if not isinstance(node.meta["val"].shape[0], torch.SymInt):
+        kind = type(model).__name__
+        raise ValueError(f"{kind} exports only with a batch of 2: its forward fixes the batch size")
+
+
+def _try_database(uri: str) -> None:
+    """Connect once: MLflow itself tries ten times, over 100 s, before it says so."""
+    if "://" not in uri or urlsplit(uri).scheme in ("http", "https", "file", "databricks"):
+        return
+    try:
+        url = sqlalchemy.make_url(uri)
+        if url.get_backend_name() == "sqlite" and url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect().close()
+    except (OSError, ImportError) as error:
+        raise SQLAlchemyError(str(error)) from error
+
+
+def _run_id(path: Path) -> str:
+    """The id in `mlflow.json`, made and written atomically the first time."""
+    if not path.exists():
+        scratch = path.with_name(path.name + ".tmp")
+        scratch.write_text(json.dumps({"run_id": uuid.uuid4().hex}) + "\n")
+        os.replace(scratch, path)
+    return str(json.loads(path.read_text())["run_id"])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"a": {"b": 1}} -> {"a.b": "1"}; lists become JSON."""
+    flat: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = json.dumps(value) if isinstance(value, list) else str(value)
+    return flat
+
+
+def _measured(prefix: str, measurement: Mapping[str, Any]) -> dict[str, float]:
+    return {prefix + k: v for k, v in Measurement.from_dict(measurement).to_dict().items()}
+
+
+def _values(values: Mapping[str, float]) -> list[Row]:
+    return [(name, 0, value) for name, value in values.items()]
+
+
+def _curve(prefix: str, points: Iterable[Mapping[str, Any]]) -> list[Row]:
+    names = ("loss", "validation_accuracy")
+    return [(f"{prefix}/{name}", int(p["step"]), p[name]) for p in points for name in names]
+
+
+def _ticket_rows(ticket: Plain) -> list[Row]:
+    values = {"ratio": ticket["ratio"], **_measured("", ticket["ticket"])}
+    for name in ("dense", "search"):
+        values |= _measured(f"{name}.", ticket[name])
+    for name, control in ticket["controls"].items():
+        values |= _measured(f"control.{name}.", control)
+    for arm, accuracy in ticket["validation"].items():
+        values[f"validation.{arm}.accuracy"] = accuracy
+    return _values(values) + [r for arm, c in ticket["curves"].items() for r in _curve(arm, c)]
