@@ -340,7 +340,10 @@ class Evaluator:
             assert norm.running_mean is not None and norm.running_var is not None
             mean, variance = norm.running_mean[out], norm.running_var[out]
         else:
-            variance, mean = torch.var_mean(y[: self.fit_count], (0, 2, 3), correction=0)
+            # Plain means over rows: several times faster than var_mean in channels_last.
+            rows = y[: self.fit_count].permute(0, 2, 3, 1).flatten(0, 2)
+            mean = rows.mean(0)
+            variance = (rows - mean).square_().mean(0)
         gamma = norm.weight[out] if norm.affine else None
         beta = norm.bias[out] if norm.affine else None
         return F.batch_norm(y, mean, variance, gamma, beta, False, 0.0, norm.eps), mean, variance

@@ -25,6 +25,7 @@ Shapes: N images, C channels of a group, K keep ratios, B bit-widths.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ CLIP_POSITIONS = 512
 #: Images of one backward pass for the Fisher diagonal: with sampled labels gradients of
 #: different images are uncorrelated, so a small batch's squared gradient is unbiased.
 FISHER_BATCH = 8
+ENTROPY_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,27 @@ class Estimates:
 
     def clip_of(self, layer: str, bits: int) -> torch.Tensor:
         return torch.from_numpy(self.clip[layer][self.bits.index(bits)])
+
+
+def _temperature(logits: torch.Tensor) -> float:
+    """At least 1: what brings the mean entropy up to `ENTROPY_SHARE` of its maximum.
+
+    A network that is sure of every calibration image has no gradient; softened predictions
+    rank its weights all the same.
+    """
+    wanted = ENTROPY_SHARE * math.log(logits.shape[1])
+
+    def entropy(temperature: float) -> float:
+        logp = (logits / temperature).log_softmax(1)
+        return -float((logp.exp() * logp).sum(1).mean())
+
+    if entropy(1.0) >= wanted:
+        return 1.0
+    low, high = 0.0, 10.0  # log2 of the temperature
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy(2**middle) < wanted else (low, middle)
+    return 2**high
 
 
 def _sampled_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -125,15 +148,21 @@ def _readers(network: Network) -> dict[str, list[tuple[str, Link]]]:
     return readers
 
 
-def _backward(model: nn.Module, chunk: torch.Tensor, generator: torch.Generator) -> None:
-    logits = model(chunk)
+def _backward(
+    model: nn.Module, chunk: torch.Tensor, temperature: float, generator: torch.Generator
+) -> None:
+    logits = model(chunk) / temperature
     model.zero_grad(set_to_none=True)
     labels = _sampled_labels(logits, generator)
     F.cross_entropy(logits, labels, reduction="sum").backward()
 
 
 def _first_pass(
-    model: nn.Module, network: Network, images: torch.Tensor, generator: torch.Generator
+    model: nn.Module,
+    network: Network,
+    images: torch.Tensor,
+    temperature: float,
+    generator: torch.Generator,
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], dict[str, torch.Tensor]]:
     """Layer -> E[g_w^2]; group -> importance (C,); group -> covariance (C, C)."""
     modules = dict(model.named_modules())
@@ -144,7 +173,7 @@ def _first_pass(
     consumers = _Consumers(modules, sorted({n for pairs in readers.values() for n, _ in pairs}))
     try:
         for chunk in images.split(FISHER_BATCH):
-            _backward(model, chunk, generator)
+            _backward(model, chunk, temperature, generator)
             for name in network.layers:
                 gradient = modules[name].weight.grad
                 if gradient is not None:
@@ -178,6 +207,7 @@ def _cut_costs(
     images: torch.Tensor,
     kept: Mapping[str, list[np.ndarray]],
     covariance: Mapping[str, torch.Tensor],
+    temperature: float,
     generator: torch.Generator,
     batch: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -194,7 +224,7 @@ def _cut_costs(
     consumers = _Consumers(modules, sorted({n for pairs in readers.values() for n, _ in pairs}))
     try:
         for chunk in images.split(batch):
-            _backward(model, chunk, generator)
+            _backward(model, chunk, temperature, generator)
             for name, masks in kept.items():
                 signals = torch.zeros(2, len(masks), len(chunk))
                 for reader, link in readers[name]:
@@ -232,13 +262,15 @@ def estimate(
     """
     model = model.eval()
     generator = torch.Generator().manual_seed(seed)
-    fisher, importance, covariance = _first_pass(model, network, images, generator)
+    with torch.no_grad():
+        temperature = _temperature(torch.cat([model(chunk) for chunk in images.split(batch)]))
+    fisher, importance, covariance = _first_pass(model, network, images, temperature, generator)
     kept: dict[str, list[np.ndarray]] = {name: [] for name in network.groups}
     for ratio in keeps:
         counts = {name: group.count(ratio) for name, group in network.groups.items()}
         for name, mask in kept_channels(network, importance, counts).items():
             kept[name].append(mask)
-    prune, refit = _cut_costs(model, network, images, kept, covariance, generator, batch)
+    prune, refit = _cut_costs(model, network, images, kept, covariance, temperature, generator, batch)
 
     modules = dict(model.named_modules())
     inputs = _Consumers(modules, list(network.layers))

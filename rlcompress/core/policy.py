@@ -1,0 +1,104 @@
+"""The policy network: one scorer shared by all actions, added to the prior's logits.
+
+logit(a) = prior(a) + f(row of a, state). The last layer of f starts at zero, so an untrained
+policy is the prior. f sees rows, not layers or networks: any number of actions, any network.
+
+Shapes: N observations, A actions, F action columns, S state columns, H hidden units.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from rlcompress.core.errors import UserError
+
+ILLEGAL = -1e9
+
+
+@dataclass(frozen=True)
+class PolicyShape:
+    """What a policy was made for. Environments of another observation version refuse it."""
+
+    action_columns: int
+    state_columns: int
+    hidden: int
+    observation_version: int
+
+
+class Policy(nn.Module):
+    """Scores actions and values states."""
+
+    def __init__(self, shape: PolicyShape) -> None:
+        super().__init__()
+        self.shape = shape
+        hidden = shape.hidden
+        self.rows = nn.Linear(shape.action_columns, hidden)
+        self.state = nn.Linear(shape.state_columns, hidden)
+        self.mix = nn.Linear(hidden, hidden)
+        self.score = nn.Linear(hidden, 1)
+        self.critic = nn.Sequential(
+            nn.Linear(hidden + shape.state_columns, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+        )
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, observation: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """observation: actions (N, A, F), state (N, S), mask (N, A) -> logits (N, A) with
+        illegal ones at -1e9, values (N,)."""
+        rows_NAF, state_NS = observation["actions"], observation["state"]
+        legal_NA = observation["mask"] > 0.5
+        hidden_NAH = F.silu(self.rows(rows_NAF) + self.state(state_NS).unsqueeze(1))
+        hidden_NAH = F.silu(self.mix(hidden_NAH))
+        logits_NA = rows_NAF[..., -1] + self.score(hidden_NAH).squeeze(-1)
+        share_NA = legal_NA / legal_NA.sum(1, keepdim=True).clamp_min(1)
+        pooled_NH = (hidden_NAH * share_NA.unsqueeze(-1)).sum(1)
+        values_N = self.critic(torch.cat([pooled_NH, state_NS], 1)).squeeze(-1)
+        return torch.where(legal_NA, logits_NA, torch.full_like(logits_NA, ILLEGAL)), values_N
+
+    @torch.no_grad()
+    def best_action(self, observation: Mapping[str, Any]) -> int:
+        """The most probable legal action for one observation of numpy arrays."""
+        batch = {name: torch.as_tensor(value).unsqueeze(0) for name, value in observation.items()}
+        return int(self(batch)[0].argmax())
+
+
+def save_policy(folder: Path, policy: Policy, about: Mapping[str, Any]) -> None:
+    """Writes `policy.safetensors` and `policy.json` (its shape and `about`), each atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "policy.safetensors.part"
+    save_file({n: t.detach().cpu().contiguous() for n, t in policy.state_dict().items()}, part)
+    os.replace(part, folder / "policy.safetensors")
+    part = folder / "policy.json.part"
+    part.write_text(json.dumps({"shape": asdict(policy.shape), **about}, indent=1) + "\n")
+    os.replace(part, folder / "policy.json")
+
+
+def load_policy(folder: Path, observation_version: int) -> tuple[Policy, dict[str, Any]]:
+    """The policy in `folder` and what was said about it.
+
+    Raises UserError if it is missing, damaged or of another observation version.
+    """
+    try:
+        about = json.loads((folder / "policy.json").read_text())
+        shape = PolicyShape(**about.pop("shape"))
+        policy = Policy(shape)
+        policy.load_state_dict(load_file(folder / "policy.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: no intact policy: {error}") from error
+    if shape.observation_version != observation_version:
+        raise UserError(
+            f"{folder}: the policy reads observation version {shape.observation_version}, "
+            f"this environment gives version {observation_version}; train it again"
+        )
+    return policy.eval(), about

@@ -1,0 +1,140 @@
+"""The knapsack answer on the estimates: where the policy starts, and a schedule for any size.
+
+For a price lambda per byte, minimise  sum of estimated losses + lambda x bytes  (Lagrange; Shoham &
+Gersho, 1988). Bytes couple a layer's input and output groups, so the minimum is approached by
+turns: all bit-widths given the channels, then one group at a time. A ladder of prices, solved once
+per network, gives a schedule for every size; after some layers are decided, the rung whose
+remainder still fits the target is the answer for the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlcompress.core.cost import CostModel
+from rlcompress.core.graph import Network
+from rlcompress.core.schedule import Schedule
+from rlcompress.core.sensitivity import Estimates
+
+RUNGS = 64
+_SWEEPS = 3
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Estimated KL (nats) as tables: prune_GK for group g at keep k, quantize_LB for layer l at
+    bit-width b. Protected groups cost nothing at keep 1 and infinity elsewhere."""
+
+    prune_GK: np.ndarray
+    quantize_LB: np.ndarray
+
+    @classmethod
+    def of(cls, network: Network, estimates: Estimates, *, refitted: bool) -> Losses:
+        table = estimates.prune_refit if refitted else estimates.prune
+        prune = np.array([table[g] for g in network.groups]).reshape(-1, len(estimates.keeps))
+        for row, group in zip(prune, network.groups.values(), strict=True):
+            if group.protected:
+                row[:] = np.where(np.array(estimates.keeps) == 1.0, 0.0, np.inf)
+        # Cutting more never costs less: noise in the estimates must not say otherwise.
+        order = np.argsort(-np.array(estimates.keeps))
+        prune[:, order] = np.maximum.accumulate(prune[:, order], axis=1)
+        quantize = np.array([estimates.quantize[name] for name in network.layers])
+        wide = np.argsort(-np.array(estimates.bits))
+        quantize[:, wide] = np.maximum.accumulate(quantize[:, wide], axis=1)
+        return cls(prune, quantize)
+
+
+class Prior:
+    """The ladder. Rungs go from expensive bytes (small networks) to free ones (large).
+
+    keep_RG, bits_RL  indices into `keeps` and `bits` of each rung's answer
+    bytes_R           its size;  loss_R  its estimated KL;  price_R  its lambda, nats per byte
+    """
+
+    def __init__(
+        self, network: Network, estimates: Estimates, costs: CostModel, *, refitted: bool
+    ) -> None:
+        self.network, self.costs = network, costs
+        self.keeps = np.array(estimates.keeps)
+        self.bits = np.array(estimates.bits)
+        self.losses = Losses.of(network, estimates, refitted=refitted)
+        #: channels of each group at each keep ratio
+        self.counts_GK = np.array(
+            [[g.count(k) for k in estimates.keeps] for g in network.groups.values()],
+            dtype=np.int64,
+        ).reshape(len(network.groups), len(self.keeps))
+        self._solve()
+
+    def _solve(self) -> None:
+        groups, layers = len(self.counts_GK), len(self.losses.quantize_LB)
+        dense = float(self.costs.cost(Schedule()).bytes)
+        finite = self.losses.prune_GK[np.isfinite(self.losses.prune_GK)]
+        largest = max(float(finite.max(initial=0.0)), float(self.losses.quantize_LB.max()), 1e-9)
+        price_R = np.geomspace(1e4, 1e-6, RUNGS) * largest / dense
+        smallest = int(self.bits.argmin())
+        keep_G = np.array([self._cheapest(g) for g in range(groups)], dtype=np.int64)
+        bits_L = np.full(layers, smallest)
+        rows_G = np.arange(groups)
+        keeps, widths, sizes, losses = [], [], [], []
+        for price in price_R:
+            for _ in range(_SWEEPS):
+                counts_G = self.counts_GK[rows_G, keep_G]
+                weights_L = self.costs.weights(counts_G[None])[0][0]
+                spent_LB = weights_L[:, None] * self.bits[None, :] / 8
+                bits_L = (self.losses.quantize_LB + price * spent_LB).argmin(1)
+                for g in range(groups):
+                    trial = np.repeat(counts_G[None], len(self.keeps), 0)
+                    trial[:, g] = self.counts_GK[g]
+                    size_K = self.costs.bytes(trial, self.bits[bits_L][None])
+                    keep_G[g] = (self.losses.prune_GK[g] + price * size_K).argmin()
+                    counts_G[g] = self.counts_GK[g, keep_G[g]]
+            counts_G = self.counts_GK[rows_G, keep_G]
+            keeps.append(keep_G.copy())
+            widths.append(bits_L.copy())
+            sizes.append(int(self.costs.bytes(counts_G[None], self.bits[bits_L][None])[0]))
+            losses.append(
+                float(self.losses.prune_GK[rows_G, keep_G].sum())
+                + float(self.losses.quantize_LB[np.arange(layers), bits_L].sum())
+            )
+        self.price_R = price_R
+        self.keep_RG = np.array(keeps).reshape(len(price_R), groups)
+        self.bits_RL = np.array(widths)
+        self.bytes_R = np.array(sizes)
+        self.loss_R = np.array(losses)
+
+    def _cheapest(self, group: int) -> int:
+        finite = np.isfinite(self.losses.prune_GK[group])
+        return int(np.where(finite, self.keeps, np.inf).argmin())
+
+    def smallest_bytes(self) -> int:
+        """The least that any allowed schedule takes."""
+        keep_G = np.array([self._cheapest(g) for g in range(len(self.counts_GK))], dtype=np.int64)
+        counts_G = self.counts_GK[np.arange(len(keep_G)), keep_G]
+        bits_L = np.full(len(self.losses.quantize_LB), self.bits.min())
+        return int(self.costs.bytes(counts_G[None], bits_L[None])[0])
+
+    def rung(self, sizes_R: np.ndarray, max_bytes: float) -> int:
+        """The least lossy rung whose size (given the choices so far) fits; else the smallest."""
+        fitting = np.flatnonzero(sizes_R <= max_bytes)
+        if not len(fitting):
+            return int(sizes_R.argmin())
+        return int(fitting[self.loss_R[fitting].argmin()])
+
+    def schedule(self, max_bytes: float) -> Schedule:
+        """The ladder's answer for a size."""
+        r = self.rung(self.bytes_R, max_bytes)
+        return Schedule(
+            {
+                g: float(self.keeps[k])
+                for (g, group), k in zip(
+                    self.network.groups.items(), self.keep_RG[r], strict=True
+                )
+                if not group.protected
+            },
+            {
+                name: int(self.bits[b])
+                for name, b in zip(self.network.layers, self.bits_RL[r], strict=True)
+            },
+        )

@@ -1,0 +1,140 @@
+"""One compression problem: a dense network, its calibration images and what may be chosen.
+
+`Bundle` is the problem as plain arrays: what travels to other processes, once a node.
+`Problem` is what is built from it in each process: evaluator, estimates and prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlcompress.core.artifact import ModelRef
+from rlcompress.core.data import Split
+from rlcompress.core.errors import UserError
+from rlcompress.core.evaluate import Evaluator
+from rlcompress.core.graph import Network, build_network
+from rlcompress.core.prior import Prior
+from rlcompress.core.schedule import Measurement, Schedule
+from rlcompress.core.sensitivity import Estimates, estimate
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A problem as numpy arrays and plain values. fit_NCHW and score_NCHW are normalised."""
+
+    ref: ModelRef
+    weights: Mapping[str, np.ndarray]
+    fit_NCHW: np.ndarray
+    score_NCHW: np.ndarray
+    labels_N: np.ndarray
+    estimates: Estimates
+    recovery: str
+    positions: int
+    cache_bytes: int
+    seed: int
+    device: str = "cpu"
+
+    def problem(self) -> Problem:
+        """Builds evaluator and prior. The arrays may be read-only and shared: they are copied."""
+        torch.set_flush_denormal(True)
+        model = self.ref.build()
+        model.load_state_dict({n: torch.tensor(a) for n, a in self.weights.items()})
+        model = model.to(memory_format=torch.channels_last)
+        network = build_network(model, self.ref.example())
+        evaluator = Evaluator(
+            model,
+            network,
+            torch.tensor(self.fit_NCHW),
+            torch.tensor(self.score_NCHW),
+            torch.tensor(self.labels_N),
+            self.estimates,
+            recovery=self.recovery,
+            positions=self.positions,
+            cache_bytes=self.cache_bytes,
+            seed=self.seed,
+        )
+        refitted = self.recovery == "reconstruct"
+        prior = Prior(network, self.estimates, evaluator.costs, refitted=refitted)
+        return Problem(evaluator, prior)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a searcher searches: measures schedules, and knows the estimates' own answer."""
+
+    evaluator: Evaluator
+    prior: Prior
+
+    @property
+    def network(self) -> Network:
+        return self.evaluator.network
+
+    @property
+    def dense(self) -> Measurement:
+        return self.evaluator.dense
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        return self.evaluator.estimates.keeps
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        return self.evaluator.estimates.bits
+
+    def max_ratio(self) -> float:
+        """The largest size ratio (dense bytes / artifact bytes) that the choices allow."""
+        return self.dense.bytes / self.prior.smallest_bytes()
+
+    def require_reachable(self, target: tuple[float, float]) -> None:
+        """Raises UserError if the largest target is beyond what the choices allow."""
+        if target[1] > self.max_ratio():
+            raise UserError(
+                f"search.target = {list(target)}: at most {self.max_ratio():.1f} is possible "
+                f"with the smallest keep {min(self.keeps)} and bits {min(self.bits)}"
+            )
+
+    def uniform(self, keep: float, bits: int) -> Schedule:
+        """The same keep ratio and bits everywhere."""
+        return Schedule(
+            {g.name: keep for g in self.network.groups.values() if not g.protected},
+            {name: bits for name in self.network.layers},
+        )
+
+
+def make_bundle(
+    model: nn.Module,
+    ref: ModelRef,
+    fit: Split,
+    score: Split,
+    *,
+    keeps: Sequence[float],
+    bits: Sequence[int],
+    clip: str = "auto",
+    recovery: str = "reconstruct",
+    positions: int = 2048,
+    estimate_images: int = 128,
+    cache_bytes: int = 256 * 2**20,
+    seed: int = 0,
+) -> Bundle:
+    """Reads the network's structure and estimates its sensitivities."""
+    torch.set_flush_denormal(True)
+    network = build_network(model, ref.example())
+    images = fit.images(slice(0, estimate_images)).contiguous(memory_format=torch.channels_last)
+    estimates = estimate(model, network, images, keeps=keeps, bits=bits, clip=clip, seed=seed)
+    return Bundle(
+        ref=ref,
+        weights={n: t.detach().cpu().contiguous().numpy() for n, t in model.state_dict().items()},
+        fit_NCHW=fit.images().numpy(),
+        score_NCHW=score.images().numpy(),
+        labels_N=score.labels_N.numpy(),
+        estimates=estimates,
+        recovery=recovery,
+        positions=positions,
+        cache_bytes=cache_bytes,
+        seed=seed,
+    )

@@ -1,0 +1,130 @@
+"""The model card that lies beside a ticket's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from rlcompress.core.schedule import Measurement
+from rlcompress.report.figures import TIMES, arm_measurements, size
+
+
+def model_card(ticket: Mapping[str, Any], experiment: str, spec: Mapping[str, Any]) -> str:
+    """Markdown with Hugging Face's YAML front matter, for `tickets/<id>/card.md`.
+
+    ticket  the content of ticket.json; spec  the resolved experiment, with model and data.
+    The front matter names no licence: that of the data and the dense network decides.
+    """
+    compressed = Measurement.from_dict(ticket["ticket"])
+    data, network = str(spec["data"]["factory"]), str(spec["model"]["factory"])
+    head = yaml.safe_dump(_front_matter(ticket, experiment, data, network), sort_keys=False)
+    bits = sorted({int(b) for b in ticket["schedule"]["bits"].values()})
+    widths = f"{bits[0]}-{bits[-1]}" if len(bits) > 1 else "".join(map(str, bits)) or "32"
+    return f"""---
+{head}---
+
+# {experiment}, ticket {ticket["id"]}
+
+A {network} trained on {data}, compressed {ticket["ratio"]:.3g}{TIMES} to {size(compressed.bytes)}:
+channels cut and weights quantized to {widths} bits, layer by layer, on a schedule that the
+searcher `{ticket["searcher"]}` found. What survived was retrained (arm `{ticket["arm"]}`).
+
+## Intended use
+
+Classifying images like those of {data}, where memory or download size is scarce. It is a
+result to compare with and to build on; check it on your own images before you rely on it.
+
+## Data
+
+Trained and measured on `{data}` {json.dumps(spec["data"].get("args", {}))}. The figures below
+are on its {ticket["split"]} split.
+
+## Measured
+
+Split: {ticket["split"]}. Seed: {ticket["seed"]}. One run.
+
+{_table(ticket)}
+Bytes are those of the written `weights.safetensors`; a control has the ticket's architecture
+and bits. Density is accuracy in % per 10^6 bytes. BOPs are MACs {TIMES} weight bits {TIMES}
+activation bits.
+
+## Limits
+
+- It knows the classes of {data} and answers with one of them for any image.
+- Inputs must be prepared as in training: same size, channels and normalisation.
+- Compression hits rare classes and unusual images harder than the mean accuracy shows.
+- One seed: differences of a few tenths of a point between arms are noise.
+- Small on disk is not fast by itself: speed depends on the runtime's support for few bits.
+
+## Load
+
+PyTorch:
+
+```python
+from rlcompress.core.artifact import load_artifact
+
+model = load_artifact("weights.safetensors")
+```
+
+ONNX Runtime:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+logits = session.run(None, {{session.get_inputs()[0].name: images}})[0]
+```
+
+Made by `rlcompress run {experiment}`, seed {ticket["seed"]}, spec {ticket["spec_hash"]}.
+"""
+
+
+def _front_matter(
+    ticket: Mapping[str, Any], experiment: str, data: str, network: str
+) -> dict[str, Any]:
+    accuracy = float(ticket["ticket"]["accuracy"])
+    return {
+        "library_name": "pytorch",
+        "pipeline_tag": "image-classification",
+        "tags": [
+            "image-classification",
+            "model-compression",
+            "pruning",
+            "quantization",
+            "lottery-ticket",
+            network,
+        ],
+        "datasets": [data],
+        "metrics": ["accuracy"],
+        "model-index": [
+            {
+                "name": f"{experiment}-{ticket['id']}",
+                "results": [
+                    {
+                        "task": {"type": "image-classification"},
+                        "dataset": {"name": data, "type": data, "split": str(ticket["split"])},
+                        "metrics": [{"type": "accuracy", "value": round(accuracy, 6)}],
+                    }
+                ],
+            }
+        ],
+    }
+
+
+def _table(ticket: Mapping[str, Any]) -> str:
+    rows = {"dense": Measurement.from_dict(ticket["dense"])}
+    for i, (arm, measured) in enumerate(arm_measurements(ticket).items()):
+        rows[f"**ticket ({arm})**" if i == 0 else f"control: {arm}"] = measured
+    lines = [
+        "| | accuracy | bytes | parameters | MACs | BOPs | density |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {name} | {100 * m.accuracy:.2f} % | {m.bytes:,} | {m.params:,} | {m.macs:,} "
+        f"| {m.bops:,} | {m.density:,.1f} |"
+        for name, m in rows.items()
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,186 @@
+"""The report of a run: figures as PNG, and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from matplotlib.figure import Figure
+
+from rlcompress.core.pareto import archive_front, best_at_floor
+from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.report import figures
+
+#: Accuracy (0-1) below the dense network's that a result may lose and still count.
+FLOOR_MARGIN = 0.01
+_LIBRARIES = ("rlcompress", "torch", "ray", "gymnasium", "mlflow", "numpy", "onnxruntime")
+_BASELINE = "uniform"
+
+
+def write_report(run: Path) -> Path:
+    """Write `run`/report: index.html and the figures as PNG at 200 dpi; the page's path.
+
+    Reads what search and, if they are there, the tickets left in the run folder. The same
+    inputs give the same bytes. Raises FileNotFoundError, naming the file and the command that
+    makes it, if the search has not been run.
+    """
+    folder = run / "report"
+    page, drawn = _assemble(run)
+    folder.mkdir(exist_ok=True)
+    for name, figure in drawn.items():
+        _write(folder / f"{name}.png", figures.to_png(figure))
+    _write(folder / "index.html", page.encode())
+    return folder / "index.html"
+
+
+def read_archive(path: Path) -> list[Record]:
+    """The records of archive.jsonl. A last line without its newline was cut off: left out."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [Record.from_json(line) for line in lines]
+
+
+def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
+    records = read_archive(_needed(run, "search/archive.jsonl"))
+    dense = Measurement.from_dict(_json(_needed(run, "search/dense.json")))
+    training = _json(_needed(run, "dense/metrics.json"))
+    layers = _json(_needed(run, "search/layers.json"))
+    spec = yaml.safe_load(_needed(run, "spec.yaml").read_text(encoding="utf-8"))
+    tickets = [_json(path) for path in sorted(run.glob("tickets/*/ticket.json"))]
+    main, baseline = _chosen(tickets)
+    shown = [ticket for ticket in (main, baseline) if ticket is not None]
+
+    drawn = {"front": figures.front_figure(records, dense, shown)}
+    if main is not None:
+        drawn["arms"] = figures.arms_figure(main)
+        drawn["schedule"] = figures.schedule_figure(Schedule.from_dict(main["schedule"]), layers)
+    curve = run / "search" / "curve.jsonl"
+    points = _lines(curve) if curve.is_file() else []
+    if points:
+        drawn["learning"] = figures.learning_figure(points)
+    drawn["training"] = figures.training_figure(training, main)
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        size=figures.size, count=_count, percent=lambda accuracy: f"{100 * accuracy:.2f}"
+    )
+    html = environment.get_template("page.html.j2").render(
+        experiment=spec["experiment"],
+        spec=spec["spec"],
+        spec_hash=spec["hash"],
+        main=main,
+        tickets=[(ticket, Measurement.from_dict(ticket["ticket"])) for ticket in tickets],
+        compared=_compared(main, baseline),
+        arms=figures.arm_measurements(main) if main is not None else {},
+        searchers=_searchers(records, dense),
+        dense=dense,
+        margin=100 * FLOOR_MARGIN,
+        evaluations=len(records),
+        svg={name: figures.to_svg(figure, name) for name, figure in drawn.items()},
+        versions=_versions(),
+    )
+    return html, drawn
+
+
+def _needed(run: Path, name: str) -> Path:
+    path = run / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; `rlcompress run {run.name}` makes it")
+    return path
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _lines(path: Path) -> list[Any]:
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
+
+
+def _chosen(
+    tickets: list[dict[str, Any]],
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The best ticket of a searcher, and the best of the uniform baseline.
+
+    Best is the densest of those at the accuracy floor; if none is, the most accurate.
+    """
+
+    def rank(ticket: Mapping[str, Any]) -> tuple[bool, float]:
+        measured = Measurement.from_dict(ticket["ticket"])
+        if measured.accuracy >= ticket["dense"]["accuracy"] - FLOOR_MARGIN:
+            return True, measured.density
+        return False, measured.accuracy
+
+    plain = [ticket for ticket in tickets if ticket["searcher"] == _BASELINE]
+    searched = [ticket for ticket in tickets if ticket["searcher"] != _BASELINE]
+    baseline = max(plain, key=rank, default=None)
+    if not searched:
+        return baseline, None
+    return max(searched, key=rank), baseline
+
+
+def _compared(
+    main: dict[str, Any] | None, baseline: dict[str, Any] | None
+) -> list[tuple[str, Measurement, float]]:
+    """Columns of the first table: name, measurement on the ticket's split, size ratio."""
+    if main is None:
+        return []
+    columns = [("dense", Measurement.from_dict(main["dense"]), 1.0)]
+    for ticket in (main, baseline):
+        if ticket is not None:
+            measured = Measurement.from_dict(ticket["ticket"])
+            columns.append((f"{ticket['searcher']} ticket", measured, float(ticket["ratio"])))
+    return columns
+
+
+def _searchers(records: list[Record], dense: Measurement) -> list[dict[str, Any]]:
+    rows = []
+    for i, name in enumerate(figures.searchers(records)):
+        mine = [record for record in records if record.searcher == name]
+        best = best_at_floor(mine, dense.accuracy - FLOOR_MARGIN)
+        rows.append(
+            {
+                "name": name,
+                "series": i % len(figures.SERIES),
+                "evaluations": len(mine),
+                "front": len(archive_front(mine)),
+                "best": best.measurement if best else None,
+                "ratio": dense.bytes / best.measurement.bytes if best else None,
+            }
+        )
+    return rows
+
+
+def _count(value: float) -> str:
+    """12345678 -> '12.3 M'."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def _versions() -> dict[str, str]:
+    installed = {
+        dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()
+    }
+    versions = {"Python": platform.python_version()}
+    return versions | {name: installed[name] for name in _LIBRARIES if name in installed}
+
+
+def _write(path: Path, content: bytes) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)
