@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.observation import ACTION_COLUMNS, STATE_COLUMNS, Observer
+from envs.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS, Observer
 from rlcompress.core.evaluate import Prefix
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement
@@ -62,6 +62,7 @@ class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own form)
+    observation_version = OBSERVATION_VERSION
 
     def __init__(
         self,

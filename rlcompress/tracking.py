@@ -45,7 +45,6 @@ from rlcompress.core.schedule import Measurement, Record
 
 #: Accuracy (0-1) that a density may cost: it is quoted at dense accuracy minus this.
 FLOOR_MARGIN = 0.01
-STATUSES = ("FINISHED", "FAILED", "KILLED")
 _ADVICE = "MLFLOW_TRACKING_URI names another; unset, the run folder is used"
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100  # MLflow's limits
 
@@ -99,6 +98,8 @@ class Tracker:
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
 
+        if self.uri == embedded:
+            _make_database(self.run / "mlflow.db")
         _try_database(self.uri)
         self.client = mlflow.MlflowClient(tracking_uri=self.uri)
         self.experiment_id = self._find_experiment()
@@ -117,7 +118,7 @@ class Tracker:
         params = {f"dense.{name}": metrics[name] for name in ("inputs", "seed")}
         self._log_params(self.parent_id, params)
         values = _measured("dense.", metrics["validation"]) | {"dense.seconds": metrics["seconds"]}
-        self._log_metrics(self.parent_id, _curve("dense", metrics["curve"]) + _values(values))
+        self._log_metrics(self.parent_id, _curve("dense", metrics["curve"]), values)
 
     @_clear
     def log_archive(self, records: Sequence[Record]) -> None:
@@ -164,7 +165,8 @@ class Tracker:
             return
         names = ("id", "searcher", "arm", "seed", "spec_hash", "target", "split")
         self._log_params(child, {name: ticket[name] for name in names})
-        self._log_metrics(child, _ticket_rows(ticket))
+        curves = [row for arm, points in ticket["curves"].items() for row in _curve(arm, points)]
+        self._log_metrics(child, curves, _ticket_values(ticket))
         self.client.log_artifacts(child, str(folder))
         self.client.log_dict(child, ticket["schedule"], "schedule.json")
         if self._logged_model(child) is None:
@@ -190,24 +192,19 @@ class Tracker:
         if not self.client.search_registered_models(f"name = '{self.name}'"):
             self.client.create_registered_model(self.name)
         found = self.client.search_model_versions(f"name = '{self.name}' and run_id = '{child}'")
-        if found:
-            version = str(found[0].version)
-        else:
+        if not found:
             tags = {
                 **self._tags,
                 "rlcompress.ticket": str(ticket["id"]),
                 "rlcompress.density": repr(measured.density),
                 "rlcompress.at_floor": str(at_floor),
             }
-            # Not models:/<id>: a database registry would look for it at the global URI.
-            source = model.artifact_location
-            created = self.client.create_model_version(
-                self.name, source, run_id=child, model_id=model.model_id, tags=tags
-            )
-            version = str(created.version)
+            source = model.artifact_location  # models:/<id> would be looked up at the global URI
+            ids = {"run_id": child, "model_id": model.model_id}
+            found = [self.client.create_model_version(self.name, source, tags=tags, **ids)]
         if self._beats_champion(at_floor, measured.density):
-            self.client.set_registered_model_alias(self.name, "champion", version)
-        return version
+            self.client.set_registered_model_alias(self.name, "champion", found[0].version)
+        return str(found[0].version)
 
     @_clear
     def log_figures(self, folder: Path) -> None:
@@ -221,8 +218,8 @@ class Tracker:
 
         Raises ValueError on another status. A later Tracker on the same folder reopens it.
         """
-        if status not in STATUSES:
-            raise ValueError(f"status {status!r}: one of {', '.join(STATUSES)}")
+        if status not in ("FINISHED", "FAILED", "KILLED"):
+            raise ValueError(f"status {status!r}: FINISHED, FAILED or KILLED")
         for run in self._search({**self._tags, "rlcompress.role": "ticket"}):
             if run.info.status == "RUNNING":
                 self.client.set_terminated(run.info.run_id, "FAILED")
@@ -275,11 +272,12 @@ class Tracker:
             self._histories[run_id, key] = {point.step: point.value for point in points}
         return self._histories[run_id, key]
 
-    def _log_metrics(self, run_id: str, rows: Iterable[Row]) -> None:
-        """Log the rows whose step MLflow does not hold of that metric."""
+    def _log_metrics(self, run_id: str, rows: list[Row], values: Plain | None = None) -> None:
+        """Log rows, and values at step 0, that MLflow does not hold of that metric and step."""
+        rows = [*rows, *((name, 0, value) for name, value in (values or {}).items())]
         now = time.time_ns() // 1_000_000
-        new = {(k, s): float(v) for k, s, v in rows if s not in self._history(run_id, k)}
-        items = [Metric(key, value, now, step) for (key, step), value in new.items()]
+        new = [row for row in rows if row[1] not in self._history(run_id, row[0])]
+        items = [Metric(key, float(value), now, step) for key, step, value in new]
         for i in range(0, len(items), _METRICS_PER_BATCH):
             batch = items[i : i + _METRICS_PER_BATCH]
             self.client.log_batch(run_id, metrics=batch)
@@ -288,8 +286,7 @@ class Tracker:
 
     def _logged_model(self, child: str) -> LoggedModel | None:
         """The child's finished model. One that a crash cut short is deleted."""
-        ready = None
-        where = f"source_run_id = '{child}'"
+        ready, where = None, f"source_run_id = '{child}'"
         for logged in self.client.search_logged_models([self.experiment_id], where):
             if logged.status == LoggedModelStatus.READY:
                 ready = logged
@@ -311,8 +308,8 @@ class Tracker:
         if "champion" not in aliases:
             return True
         tags = self.client.get_model_version(self.name, aliases["champion"]).tags
-        if "rlcompress.density" not in tags:  # somebody's own choice, by hand
-            return False
+        if "rlcompress.density" not in tags:
+            return False  # somebody's own choice, by hand
         champion = (tags["rlcompress.at_floor"] == "True", float(tags["rlcompress.density"]))
         return (at_floor, density) > champion
 
@@ -341,6 +338,14 @@ def _save_pt2(model: torch.nn.Module, example: torch.Tensor, folder: Path, about
     if not isinstance(node.meta["val"].shape[0], torch.SymInt):
         kind = type(model).__name__
         raise ValueError(f"{kind} exports only with a batch of 2: its forward fixes the batch size")
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables aside: killed half-way, MLflow could never open the file again."""
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="mlflow-") as scratch:
+            mlflow.MlflowClient(f"sqlite:///{scratch}/made.db").search_experiments(max_results=1)
+            os.replace(f"{scratch}/made.db", path)
 
 
 def _try_database(uri: str) -> None:
@@ -380,21 +385,15 @@ def _measured(prefix: str, measurement: Mapping[str, Any]) -> dict[str, float]:
     return {prefix + k: v for k, v in Measurement.from_dict(measurement).to_dict().items()}
 
 
-def _values(values: Mapping[str, float]) -> list[Row]:
-    return [(name, 0, value) for name, value in values.items()]
-
-
 def _curve(prefix: str, points: Iterable[Mapping[str, Any]]) -> list[Row]:
     names = ("loss", "validation_accuracy")
     return [(f"{prefix}/{name}", int(p["step"]), p[name]) for p in points for name in names]
 
 
-def _ticket_rows(ticket: Plain) -> list[Row]:
-    values = {"ratio": ticket["ratio"], **_measured("", ticket["ticket"])}
+def _ticket_values(ticket: Plain) -> dict[str, float]:
+    values = _measured("", ticket["ticket"]) | {"ratio": ticket["ratio"]}
     for name in ("dense", "search"):
         values |= _measured(f"{name}.", ticket[name])
     for name, control in ticket["controls"].items():
         values |= _measured(f"control.{name}.", control)
-    for arm, accuracy in ticket["validation"].items():
-        values[f"validation.{arm}.accuracy"] = accuracy
-    return _values(values) + [r for arm, c in ticket["curves"].items() for r in _curve(arm, c)]
+    return values | {f"validation.{arm}.accuracy": v for arm, v in ticket["validation"].items()}

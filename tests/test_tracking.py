@@ -164,6 +164,7 @@ def test_everything_twice_adds_nothing(fresh: Path, capfd: pytest.CaptureFixture
     first = contents(tracker)
     assert contents(everything()) == first
     assert len(first["runs"]) == 2
+    assert {p.name for p in run.glob("mlflow*")} == {"mlflow.db", "mlflow.json"}
     assert len(first["models"]) == 1
     assert {status for status, _, _ in first["runs"].values()} == {"FINISHED"}
 

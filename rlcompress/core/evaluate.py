@@ -287,7 +287,7 @@ class Evaluator:
         scale = None
         floats = weight
         if bits != FULL_PRECISION:
-            clip_O = self.estimates.clip_of(layer.name, bits)[out]
+            clip_O = self.estimates.clip_of(layer.name, bits)[out].to(weight)
             scale = scale_of(weight, clip_O, bits)
             weight = fake_quantize(weight, scale, bits)
         if patch is not None and bias is not None and not layer.batch_norm:

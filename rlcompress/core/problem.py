@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,14 @@ from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.graph import Network, build_network
 from rlcompress.core.prior import Prior
 from rlcompress.core.schedule import Measurement, Schedule
-from rlcompress.core.sensitivity import Estimates, estimate
+from rlcompress.core.sensitivity import Estimates
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where this process sees a device, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -37,21 +44,22 @@ class Bundle:
     positions: int
     cache_bytes: int
     seed: int
-    device: str = "cpu"
+    device: str = "auto"
 
     def problem(self) -> Problem:
         """Builds evaluator and prior. The arrays may be read-only and shared: they are copied."""
         torch.set_flush_denormal(True)
         model = self.ref.build()
         model.load_state_dict({n: torch.tensor(a) for n, a in self.weights.items()})
-        model = model.to(memory_format=torch.channels_last)
         network = build_network(model, self.ref.example())
+        device = pick_device(self.device)
+        model = model.to(device, memory_format=torch.channels_last)
         evaluator = Evaluator(
             model,
             network,
-            torch.tensor(self.fit_NCHW),
-            torch.tensor(self.score_NCHW),
-            torch.tensor(self.labels_N),
+            torch.tensor(self.fit_NCHW, device=device),
+            torch.tensor(self.score_NCHW, device=device),
+            torch.tensor(self.labels_N, device=device),
             self.estimates,
             recovery=self.recovery,
             positions=self.positions,
@@ -111,21 +119,15 @@ def make_bundle(
     ref: ModelRef,
     fit: Split,
     score: Split,
+    estimates: Estimates,
     *,
-    keeps: Sequence[float],
-    bits: Sequence[int],
-    clip: str = "auto",
     recovery: str = "reconstruct",
     positions: int = 2048,
-    estimate_images: int = 128,
     cache_bytes: int = 256 * 2**20,
     seed: int = 0,
+    device: str = "auto",
 ) -> Bundle:
-    """Reads the network's structure and estimates its sensitivities."""
-    torch.set_flush_denormal(True)
-    network = build_network(model, ref.example())
-    images = fit.images(slice(0, estimate_images)).contiguous(memory_format=torch.channels_last)
-    estimates = estimate(model, network, images, keeps=keeps, bits=bits, clip=clip, seed=seed)
+    """A problem's arrays from a trained network and its images."""
     return Bundle(
         ref=ref,
         weights={n: t.detach().cpu().contiguous().numpy() for n, t in model.state_dict().items()},
@@ -137,4 +139,5 @@ def make_bundle(
         positions=positions,
         cache_bytes=cache_bytes,
         seed=seed,
+        device=device,
     )

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from torch.nn import functional as F
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
+from rlcompress.core.files import load_tensors, save_tensors
 from rlcompress.core.reconstruct import patches, sample_positions
 
 CLIP_POSITIONS = 512
@@ -44,6 +46,9 @@ CLIP_POSITIONS = 512
 #: different images are uncorrelated, so a small batch's squared gradient is unbiased.
 FISHER_BATCH = 8
 ENTROPY_SHARE = 0.25
+
+
+_TABLES = ("importance", "prune", "prune_refit", "quantize", "output_kl", "clip")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,24 @@ class Estimates:
     quantize: Mapping[str, np.ndarray]
     output_kl: Mapping[str, np.ndarray]
     clip: Mapping[str, np.ndarray]
+
+    def save(self, path: Path) -> None:
+        """safetensors; read back by `load`, bit for bit."""
+        tensors = {
+            f"{name}/{key}": torch.from_numpy(np.ascontiguousarray(value))
+            for name in _TABLES
+            for key, value in getattr(self, name).items()
+        }
+        save_tensors(path, tensors, keeps=self.keeps, bits=self.bits)
+
+    @classmethod
+    def load(cls, path: Path) -> Estimates:
+        tensors, about = load_tensors(path)
+        tables: dict[str, dict[str, np.ndarray]] = {name: {} for name in _TABLES}
+        for name, tensor in tensors.items():
+            table, _, key = name.partition("/")
+            tables[table][key] = tensor.numpy()
+        return cls(tuple(about["keeps"]), tuple(about["bits"]), **tables)
 
     def clip_of(self, layer: str, bits: int) -> torch.Tensor:
         return torch.from_numpy(self.clip[layer][self.bits.index(bits)])

@@ -7,16 +7,12 @@ an undisturbed one does (on one device and thread count). Checkpoints are safete
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF  # noqa: N812
@@ -25,6 +21,7 @@ from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import compare
+from rlcompress.core.files import load_tensors, save_tensors
 from rlcompress.core.schedule import Measurement
 
 
@@ -32,7 +29,7 @@ from rlcompress.core.schedule import Measurement
 class Recipe:
     """How to train: SGD with Nesterov momentum 0.9, one-cycle learning rate (10 % warm-up).
 
-    lr is the peak; `distill` adds KL to the teacher's logits in equal parts with the labels.
+    lr is the peak; with `distill` half of the loss is the KL to the teacher's predictions.
     """
 
     epochs: int
@@ -66,21 +63,6 @@ def _rate(recipe: Recipe, step: int, total: int) -> float:
     """One cycle (Smith & Topin, 2019): linear up over the first tenth, then linear to zero."""
     warm = max(1, total // 10)
     return recipe.lr * min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: Any) -> None:
-    """safetensors with JSON metadata, by temporary file and rename."""
-    part = path.with_name(path.name + ".part")
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(plain, part, metadata={"json": json.dumps(metadata)})
-    os.replace(part, path)
-
-
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The inverse of `save_tensors`."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads((file.metadata() or {}).get("json", "{}"))
 
 
 class _Checkpoint:
@@ -151,6 +133,9 @@ def train(
     )
     saved = _Checkpoint(checkpoint, key)
     start, curve = saved.load(model, optimizer)
+    wanted = None
+    if recipe.distill and teacher is not None and not recipe.augment:
+        wanted = logits_of(teacher, data).log_softmax(1).to(device)
     steps = max(1, len(data) // recipe.batch_size)
     total = steps * recipe.epochs
     for epoch in range(start, recipe.epochs):
@@ -166,10 +151,13 @@ def train(
             logits = model(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             if recipe.distill and teacher is not None:
-                with torch.no_grad():
-                    wanted = teacher(images).log_softmax(1)
+                if wanted is not None:
+                    taught = wanted[index]
+                else:
+                    with torch.no_grad():
+                        taught = teacher(images).log_softmax(1)
                 distance = F.kl_div(
-                    logits.log_softmax(1), wanted, log_target=True, reduction="batchmean"
+                    logits.log_softmax(1), taught, log_target=True, reduction="batchmean"
                 )
                 loss = 0.5 * (loss + distance)
             optimizer.param_groups[0]["lr"] = _rate(recipe, epoch * steps + i, total)

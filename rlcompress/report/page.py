@@ -14,7 +14,7 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from rlcompress.core.pareto import archive_front, best_at_floor
+from rlcompress.core.pareto import archive_front
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.report import figures
 
@@ -150,15 +150,17 @@ def _searchers(records: list[Record], dense: Measurement) -> list[dict[str, Any]
     rows = []
     for i, name in enumerate(figures.searchers(records)):
         mine = [record for record in records if record.searcher == name]
-        best = best_at_floor(mine, dense.accuracy - FLOOR_MARGIN)
+        floor = dense.accuracy - FLOOR_MARGIN
+        feasible = [r.measurement for r in mine if r.measurement.accuracy >= floor]
+        best = min(feasible, key=lambda m: m.bytes, default=None)
         rows.append(
             {
                 "name": name,
                 "series": i % len(figures.SERIES),
                 "evaluations": len(mine),
                 "front": len(archive_front(mine)),
-                "best": best.measurement if best else None,
-                "ratio": dense.bytes / best.measurement.bytes if best else None,
+                "best": best,
+                "ratio": dense.bytes / best.bytes if best else None,
             }
         )
     return rows

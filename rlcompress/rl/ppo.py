@@ -1,0 +1,262 @@
+"""The `ppo` searcher: RLlib's PPO trains the policy by playing compression episodes.
+
+Of the evaluations, the first few are the untrained policy's own schedules (the prior's, so the
+search is never below its prior), most are training episodes at random sizes, and the last ones
+are the trained policy's best guesses over the sizes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import ray
+import torch
+from ray.rllib.algorithms.ppo import PPO, PPOConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.tune.registry import register_env
+
+from rlcompress.core.errors import UserError
+from rlcompress.core.policy import Policy, PolicyShape, load_policy, save_policy
+from rlcompress.core.problem import Bundle, Problem
+from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.rl.environment import ENVIRONMENT, RECORDS, CollectRecords, make
+from rlcompress.rl.module import PolicyModule
+from rlcompress.searchers.base import Settings, targets
+
+#: Share of the evaluations for the untrained and for the trained policy's own schedules.
+FIRST, LAST = 0.05, 0.15
+OBJECT_STORE_BYTES = 2**30
+REGISTERED = "rlcompress-environment"
+
+
+@dataclass(frozen=True)
+class PPOSettings:
+    """How the policy is trained; the fields are those of the experiment's `ppo` section."""
+
+    num_env_runners: int = 2
+    num_envs_per_env_runner: int = 1
+    num_gpus_per_env_runner: float = 0.0
+    episodes_per_iteration: int = 16
+    epochs: int = 6
+    minibatch_size: int = 128
+    lr: float = 1e-3
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy: float = 0.003
+    vf_coeff: float = 0.5
+    hidden: int = 64
+    temperature: float = 1.0
+    shaping: float = 1.0
+    kl_weight: float = 1.0
+    accuracy_weight: float = 0.1
+    address: str | None = None
+
+    def environment(self) -> dict[str, Any]:
+        """What the environment is told of these settings."""
+        names = ("kl_weight", "accuracy_weight", "shaping", "gamma", "temperature")
+        return {name: getattr(self, name) for name in names}
+
+
+def start_ray(address: str | None, log: Path | None = None) -> None:
+    """Connects to `address` or RAY_ADDRESS, else starts Ray on this machine, quietly.
+
+    Raises UserError if a cluster is named and cannot be reached.
+    """
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"ppo.address = {address}: no Ray cluster there: {error}") from error
+    else:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Workers on this machine use this very environment: no second `uv run` for each.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def config(
+    bundle: Any,
+    problem: Problem,
+    settings: Settings,
+    ppo: PPOSettings,
+    shape: PolicyShape,
+    weights: dict[str, Any] | None,
+    stream: int,
+) -> PPOConfig:
+    """RLlib's configuration. `bundle` is an object reference; `stream` tells restarts apart."""
+    layers = len(problem.network.layers)
+    runners = max(1, ppo.num_env_runners)
+    per_runner = -(-ppo.episodes_per_iteration // (runners * ppo.num_envs_per_env_runner))
+    fragment = per_runner * layers
+    env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **ppo.environment())
+    register_env(REGISTERED, make)
+    return (
+        PPOConfig()
+        .environment(
+            env=REGISTERED,
+            env_config={
+                "bundle": bundle,
+                "threads": 1 if ppo.num_env_runners else torch.get_num_threads(),
+                "seed": [settings.seed, stream],
+                "options": {"target": settings.target, **ppo.environment()},
+            },
+            observation_space=env.observation_space,
+            action_space=env.action_space,
+        )
+        .env_runners(
+            num_env_runners=ppo.num_env_runners,
+            num_envs_per_env_runner=ppo.num_envs_per_env_runner,
+            num_gpus_per_env_runner=ppo.num_gpus_per_env_runner,
+            gym_env_vectorize_mode="sync",
+            rollout_fragment_length=fragment,
+            sample_timeout_s=None,
+        )
+        .learners(num_learners=0)
+        .training(
+            train_batch_size_per_learner=fragment * runners * ppo.num_envs_per_env_runner,
+            minibatch_size=min(ppo.minibatch_size, fragment * runners),
+            num_epochs=ppo.epochs,
+            lr=ppo.lr,
+            gamma=ppo.gamma,
+            lambda_=ppo.gae_lambda,
+            clip_param=ppo.clip,
+            vf_clip_param=float("inf"),
+            vf_loss_coeff=ppo.vf_coeff,
+            entropy_coeff=ppo.entropy,
+            use_kl_loss=False,
+            grad_clip=0.5,
+        )
+        .rl_module(
+            rl_module_spec=RLModuleSpec(
+                module_class=PolicyModule,
+                model_config={"shape": asdict(shape), "weights": weights},
+            )
+        )
+        .callbacks(CollectRecords)
+        .fault_tolerance(restart_failed_env_runners=True)
+        .debugging(seed=settings.seed + 1000 * stream, log_level="ERROR")
+    )
+
+
+def greedy(policy: Policy, env: gym.Env[Any, Any], target: float) -> dict[str, Any]:
+    """One episode of the policy's most probable actions; the last step's info."""
+    observation, _ = env.reset(options={"target": target})
+    while True:
+        observation, _, done, _, info = env.step(policy.best_action(observation))
+        if done:
+            return info
+
+
+def search(
+    bundle: Bundle,
+    problem: Problem,
+    settings: Settings,
+    history: Sequence[Record],
+    *,
+    ppo: PPOSettings,
+    folder: Path,
+    on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Iterator[Record]:
+    """Trains and yields every measured schedule. Goes on behind `history` with the policy last
+    saved in `folder` (`policy.safetensors`), which is written after every iteration.
+
+    on_iteration  gets a row of the learning curve: evaluation, mean_return, entropy, loss
+    """
+    problem.require_reachable(settings.target)
+    env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **ppo.environment())
+    shape = _shape(env, ppo.hidden)
+    total, count = settings.evaluations, len(history)
+    first = min(total, max(1, round(FIRST * total)))
+    last = min(total - first, max(1, round(LAST * total)))
+
+    def record(info: dict[str, Any]) -> Record:
+        nonlocal count
+        count += 1
+        return Record(
+            Schedule.from_json(info["schedule"]),
+            Measurement.from_dict(info["measurement"]),
+            "ppo",
+            settings.seed,
+            count,
+            float(info["target"]),
+        )
+
+    policy = Policy(shape)
+    resumed = count > 0 and (folder / "policy.json").exists()
+    if resumed:
+        policy, _ = load_policy(folder, shape.observation_version)
+    while count < first:
+        yield record(greedy(Policy(shape), env, targets(settings, first)[count]))
+
+    if count < total - last:
+        start_ray(ppo.address)
+        reference = ray.put(bundle)
+        weights = {n: t.numpy() for n, t in policy.state_dict().items()} if resumed else None
+        algorithm = config(
+            reference, problem, settings, ppo, shape, weights, stream=count
+        ).build_algo()
+        try:
+            while count < total - last:
+                result = algorithm.train()
+                rows = result.get("env_runners", {}).get(RECORDS, [])
+                # Runner by runner: the archive's order does not depend on who was faster.
+                for info in sorted(rows, key=lambda info: info["runner"]):
+                    if count < total - last:
+                        yield record(info)
+                policy = _trained(algorithm, shape)
+                save_policy(folder, policy, {"evaluations": count, "seed": settings.seed})
+                if rows:
+                    on_iteration(_curve_row(result, rows, count))
+        finally:
+            algorithm.stop()
+    policy.eval()
+    begin = total - last
+    while count < total:
+        yield record(greedy(policy, env, targets(settings, last)[count - begin]))
+
+
+def _shape(env: gym.Env[Any, Any], hidden: int) -> PolicyShape:
+    spaces = env.observation_space
+    assert isinstance(spaces, gym.spaces.Dict)
+    return PolicyShape(
+        action_columns=int(spaces["actions"].shape[1]),  # type: ignore[index]
+        state_columns=int(spaces["state"].shape[0]),  # type: ignore[index]
+        hidden=hidden,
+        observation_version=env.get_wrapper_attr("observation_version"),
+    )
+
+
+def _trained(algorithm: PPO, shape: PolicyShape) -> Policy:
+    policy = Policy(shape)
+    state = algorithm.learner_group.get_state(components="learner/rl_module")
+    weights = state["learner"]["rl_module"]["default_policy"]
+    policy.load_state_dict(
+        {n.removeprefix("policy."): torch.as_tensor(w) for n, w in weights.items()}
+    )
+    return policy
+
+
+def _curve_row(result: dict[str, Any], rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    learner = result.get("learners", {}).get("default_policy", {})
+    row: dict[str, Any] = {
+        "searcher": "ppo",
+        "evaluation": count,
+        "mean_return": sum(r["return"] for r in rows) / len(rows),
+    }
+    for name, key in (("entropy", "entropy"), ("loss", "total_loss"), ("vf_loss", "vf_loss")):
+        if key in learner:
+            row[name] = float(learner[key])
+    return row
