@@ -26,8 +26,8 @@ class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
 
     | illegal | why |
     | --- | --- |
-    | keep < 1 at a layer that does not own its group | an earlier layer decided it, or it is protected |
-    | an action that puts the target out of reach | the rest at its smallest would still be too big |
+    | keep < 1 at a layer that does not own its group | it is decided already, or protected |
+    | an action that puts the target out of reach | the smallest rest would be too big |
 
     An illegal action raises ValueError.
 

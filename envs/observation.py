@@ -134,9 +134,7 @@ class Observer:
         at `rest_G` channels and `rest_L` bits."""
         prior = self.prior
         rows_G = np.arange(len(self.column))
-        counts_G = np.where(
-            progress.keep_G >= 0, prior.counts_GK[rows_G, progress.keep_G], rest_G
-        )
+        counts_G = np.where(progress.keep_G >= 0, prior.counts_GK[rows_G, progress.keep_G], rest_G)
         bits_L = np.where(progress.bits_L >= 0, prior.bits[progress.bits_L], rest_L)
         counts_AG = np.repeat(counts_G[None], len(self.keep_A), 0)
         bits_AL = np.repeat(bits_L[None], len(self.keep_A), 0)

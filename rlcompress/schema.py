@@ -177,7 +177,6 @@ class SearchSpec(_Section):
     recovery: Literal["none", "bn", "reconstruct"] = Field(
         "reconstruct", description="before scoring: nothing, batch norms, or least squares"
     )
-    score: Literal["kl", "accuracy"] = Field("kl", description="what ranks schedules")
     clip: Literal["auto", "kl", "mse"] = Field("auto", description="rule for the clipping range")
     cache_mb: int = Field(256, ge=0, description="bound of the activation cache, MiB a process")
 
@@ -199,6 +198,8 @@ class PPOSpec(_Section):
     vf_coeff: float = Field(0.5, ge=0, description="coefficient of the value loss")
     hidden: int = Field(64, ge=1, description="hidden units a layer")
     temperature: float = Field(1.0, gt=0, description="temperature of the prior")
+    kl_weight: float = Field(1.0, ge=0, description="reward for each decade of KL to dense")
+    accuracy_weight: float = Field(0.1, ge=0, description="reward for each point of accuracy")
     shaping: float = Field(1.0, ge=0, description="weight of the potential-based shaping")
     address: str | None = Field(
         None, description="Ray cluster; null = RAY_ADDRESS, else one on this machine"

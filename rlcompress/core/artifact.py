@@ -111,7 +111,8 @@ def _fold(module: nn.Module, norm: nn.Module | None) -> tuple[np.ndarray, np.nda
     if norm is None:
         return np.ones(out), None if bias is None else bias.cpu().numpy()
     assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     gamma = norm.weight.detach().double() if norm.affine else torch.ones(out, dtype=torch.double)
     beta = norm.bias.detach().double() if norm.affine else torch.zeros(out, dtype=torch.double)
     factor = gamma / (norm.running_var.double() + norm.eps).sqrt()
@@ -154,7 +155,8 @@ def snap(
             if bias is not None:
                 module.bias.copy_(bias)  # type: ignore[union-attr, operator]
             continue
-        assert isinstance(norm, nn.BatchNorm2d) and bias is not None
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert bias is not None
         ratio = torch.where(scale * factor != 0, target / (scale * factor), torch.ones_like(scale))
         norm.weight.mul_(ratio.to(norm.weight))
         norm.bias.zero_()
@@ -203,8 +205,10 @@ def pack(
                 pieces.append(data)
         exponents.append(shifts)
     for rest in network.norms:
-        pieces += [t.float().cpu().numpy().astype("<f4").tobytes() for t in _norm_tensors(
-            modules[rest.name])]
+        pieces += [
+            t.float().cpu().numpy().astype("<f4").tobytes()
+            for t in _norm_tensors(modules[rest.name])
+        ]
     data = b"".join(pieces)
     manifest = {
         "format": FORMAT,
@@ -330,5 +334,3 @@ def _fill(
     for norm in network.norms:
         for tensor in _norm_tensors(modules[norm.name]):
             tensor.copy_(torch.from_numpy(np.frombuffer(take(4 * tensor.numel()), "<f4").copy()))
-
-

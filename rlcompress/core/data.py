@@ -68,9 +68,7 @@ class Data:
     def score_and_selection(self, count: int, seed: int) -> tuple[Split, Split]:
         """Disjoint parts of the validation split: `count` images to score schedules with
         (at most half of the split), the rest to choose between tickets."""
-        order = torch.randperm(
-            len(self.validation), generator=torch.Generator().manual_seed(seed)
-        )
+        order = torch.randperm(len(self.validation), generator=torch.Generator().manual_seed(seed))
         count = min(count, len(order) // 2)
         return self.validation.take(order[:count]), self.validation.take(order[count:])
 

@@ -167,7 +167,8 @@ class Evaluator:
             needed = {
                 node
                 for node, j in index.items()
-                if j <= i and (node is self._output or any(index.get(u, -1) > i for u in node.users))
+                if j <= i
+                and (node is self._output or any(index.get(u, -1) > i for u in node.users))
             }
             segments.append(_Segment(tuple(piece), frozenset(needed)))
         return segments
@@ -337,7 +338,8 @@ class Evaluator:
         norm = self._modules[name]
         assert isinstance(norm, nn.BatchNorm2d)
         if self.recovery == "none":
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             mean, variance = norm.running_mean[out], norm.running_var[out]
         else:
             # Plain means over rows: several times faster than var_mean in channels_last.

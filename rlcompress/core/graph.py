@@ -118,9 +118,7 @@ class Network:
 
     def counts(self, schedule: Schedule, round_to: int = 1) -> dict[str, int]:
         """Group -> channels that survive."""
-        return {
-            g.name: g.count(schedule.ratio(g.name), round_to) for g in self.groups.values()
-        }
+        return {g.name: g.count(schedule.ratio(g.name), round_to) for g in self.groups.values()}
 
     def validate(self, schedule: Schedule) -> None:
         """Raises UserError naming every group and layer the network does not have."""
@@ -271,7 +269,8 @@ def build_network(model: nn.Module, example: torch.Tensor) -> Network:
         order.append(node.target)
         shape = node.meta["tensor_meta"].shape
         positions[node.target] = (
-            math.prod(shape[2:]) if isinstance(modules[node.target], nn.Conv2d)
+            math.prod(shape[2:])
+            if isinstance(modules[node.target], nn.Conv2d)
             else math.prod(shape[1:-1])
         )
         users = list(node.users)

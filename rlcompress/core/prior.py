@@ -128,9 +128,7 @@ class Prior:
         return Schedule(
             {
                 g: float(self.keeps[k])
-                for (g, group), k in zip(
-                    self.network.groups.items(), self.keep_RG[r], strict=True
-                )
+                for (g, group), k in zip(self.network.groups.items(), self.keep_RG[r], strict=True)
                 if not group.protected
             },
             {

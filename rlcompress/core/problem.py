@@ -110,7 +110,7 @@ class Problem:
         """The same keep ratio and bits everywhere."""
         return Schedule(
             {g.name: keep for g in self.network.groups.values() if not g.protected},
-            {name: bits for name in self.network.layers},
+            dict.fromkeys(self.network.layers, bits),
         )
 
 

@@ -35,10 +35,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rlcompress.core.files import load_tensors, save_tensors
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
-from rlcompress.core.files import load_tensors, save_tensors
 from rlcompress.core.reconstruct import patches, sample_positions
 
 CLIP_POSITIONS = 512
@@ -293,7 +293,9 @@ def estimate(
         counts = {name: group.count(ratio) for name, group in network.groups.items()}
         for name, mask in kept_channels(network, importance, counts).items():
             kept[name].append(mask)
-    prune, refit = _cut_costs(model, network, images, kept, covariance, temperature, generator, batch)
+    prune, refit = _cut_costs(
+        model, network, images, kept, covariance, temperature, generator, batch
+    )
 
     modules = dict(model.named_modules())
     inputs = _Consumers(modules, list(network.layers))

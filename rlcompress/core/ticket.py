@@ -49,9 +49,7 @@ class CutNetwork:
     scales: dict[str, torch.Tensor]
 
 
-def fitted_network(
-    model: nn.Module, evaluator: Evaluator, schedule: Schedule
-) -> CutNetwork:
+def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -> CutNetwork:
     """What the evaluator scored, as a network: refitted weights and batch statistics."""
     fitted = evaluator.run(schedule, collect=True).fitted
     small = cut(model, evaluator.network, evaluator.kept(schedule))
@@ -69,8 +67,10 @@ def fitted_network(
             if layer.batch_norm:
                 norm = modules[layer.batch_norm]
                 assert isinstance(norm, nn.BatchNorm2d)
-                assert norm.running_mean is not None and norm.running_var is not None
-                assert part.mean_O is not None and part.variance_O is not None
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                assert part.mean_O is not None
+                assert part.variance_O is not None
                 norm.running_mean.copy_(part.mean_O)
                 norm.running_var.copy_(part.variance_O)
     return CutNetwork(small, scales)

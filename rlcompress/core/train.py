@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as TF  # noqa: N812
+from torchvision.transforms.v2 import functional as TF
 
 from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
@@ -65,6 +65,10 @@ def _rate(recipe: Recipe, step: int, total: int) -> float:
     return recipe.lr * min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 class _Checkpoint:
     def __init__(self, path: Path | None, key: str) -> None:
         self.path, self.key = path, key
@@ -80,7 +84,7 @@ class _Checkpoint:
         model.load_state_dict(
             {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
         )
-        for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        for i, parameter in enumerate(_parameters(optimizer)):
             if f"momentum.{i}" in tensors:
                 buffer = tensors[f"momentum.{i}"].to(parameter)
                 optimizer.state[parameter]["momentum_buffer"] = buffer
@@ -96,7 +100,7 @@ class _Checkpoint:
         if self.path is None:
             return
         tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
-        for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        for i, parameter in enumerate(_parameters(optimizer)):
             buffer = optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:
                 tensors[f"momentum.{i}"] = buffer
@@ -127,9 +131,15 @@ def train(
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
-    decayed = list(model.parameters())
+    # Biases, batch norms and quantizer steps have no reason to be small.
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.SGD(
-        decayed, lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=recipe.lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=recipe.weight_decay,
     )
     saved = _Checkpoint(checkpoint, key)
     start, curve = saved.load(model, optimizer)
@@ -160,10 +170,11 @@ def train(
                     logits.log_softmax(1), taught, log_target=True, reduction="batchmean"
                 )
                 loss = 0.5 * (loss + distance)
-            optimizer.param_groups[0]["lr"] = _rate(recipe, epoch * steps + i, total)
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(recipe, epoch * steps + i, total)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(decayed, 5.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             losses.append(loss.detach())
         mean = float(torch.stack(losses).mean())
@@ -207,8 +218,6 @@ def top1(model: nn.Module, split: Split) -> float:
     return float((logits_of(model, split).argmax(1) == split.labels_N).float().mean())
 
 
-def measure(
-    model: nn.Module, split: Split, dense_logits: torch.Tensor, cost: Cost
-) -> Measurement:
+def measure(model: nn.Module, split: Split, dense_logits: torch.Tensor, cost: Cost) -> Measurement:
     """A network's measurement on a split; `dense_logits` are the dense network's on it."""
     return cost.measurement(*compare(logits_of(model, split), dense_logits, split.labels_N))

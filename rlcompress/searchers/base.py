@@ -45,6 +45,4 @@ def measured(
     for i, (schedule, target) in enumerate(
         islice(proposals, done, settings.evaluations), start=done + 1
     ):
-        yield Record(
-            schedule, problem.evaluator.evaluate(schedule), name, settings.seed, i, target
-        )
+        yield Record(schedule, problem.evaluator.evaluate(schedule), name, settings.seed, i, target)

@@ -1,0 +1,82 @@
+"""What a run shows while it works: a bar with chosen columns on a terminal, plain lines
+elsewhere. The libraries' own messages go to the run's log file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+#: Seconds between plain lines.
+PLAIN_INTERVAL = 10.0
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Stage:
+    """One piece of work of known length. `update(done, text)` shows how far it is."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self._shown = 0.0
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<14}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(name, total=total, text="")
+            self._bar.start()
+
+    def update(self, done: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, text=text)
+        elif done >= self.total or time.monotonic() - self._shown >= PLAIN_INTERVAL:
+            self._shown = time.monotonic()
+            console.print(f"{self.name}  {done}/{self.total}  {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@contextlib.contextmanager
+def stage(name: str, total: int) -> Iterator[Stage]:
+    shown = Stage(name, total)
+    try:
+        yield shown
+    finally:
+        shown.close()
+
+
+@contextlib.contextmanager
+def noise_to(path: Path) -> Iterator[None]:
+    """Sends file descriptor 2, and with it every library's messages, to `path`."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(path, "ab", buffering=0) as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)

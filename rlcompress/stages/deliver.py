@@ -1,0 +1,105 @@
+"""Stages 4 and 5: ONNX files, MLflow, and what the terminal says at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlcompress.core.artifact import load_artifact
+from rlcompress.core.errors import UserError
+from rlcompress.core.export import export_onnx
+from rlcompress.live import console
+from rlcompress.stages.workspace import Workspace
+
+
+def export(run: Workspace) -> list[Path]:
+    """ONNX beside every ticket's packed artifact, checked against it in onnxruntime; the paths.
+
+    Raises UserError if there is no ticket yet.
+    """
+    tickets = run.tickets()
+    if not tickets:
+        raise UserError(f"{run.folder}: no ticket yet; rlcompress ticket {run.name}")
+    paths = []
+    for ticket in tickets:
+        folder = run.folder / "tickets" / ticket["id"]
+        source, target = folder / "weights.safetensors", folder / "model.onnx"
+        paths.append(source)
+        if not run.experiment.export.onnx:
+            continue
+        paths.append(target)
+        if target.exists() and target.stat().st_mtime >= source.stat().st_mtime:
+            continue
+        export_onnx(load_artifact(source), run.splits[1].images(slice(0, 8)), target)
+    return paths
+
+
+def track(run: Workspace) -> None:
+    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer."""
+    from rlcompress.tracking import Tracker, TrackingError
+
+    try:
+        tracker = Tracker(
+            run.folder,
+            experiment=run.name,
+            spec=run.experiment.model_dump(mode="json"),
+            spec_hash=run.hash,
+            uri=run.experiment.tracking.uri,
+        )
+        tracker.log_dense(json.loads((run.folder / "dense" / "metrics.json").read_text()))
+        tracker.log_archive(run.archive())
+        for i, ticket in enumerate(run.tickets()):
+            folder = run.folder / "tickets" / ticket["id"]
+            model = load_artifact(folder / "weights.safetensors")
+            tracker.log_ticket(folder, ticket, model, run.data.example())
+            if i == 0:
+                tracker.register(ticket)
+        tracker.log_figures(run.folder / "report")
+        tracker.finish()
+    except TrackingError as error:
+        raise UserError(
+            f"{error}", f"all results are in {run.folder}; the same command tries MLflow again"
+        ) from error
+
+
+def last_lines(run: Workspace) -> None:
+    """Before -> after, where it lies, what next."""
+    from rich.table import Table
+
+    tickets = run.tickets()
+    best = tickets[0]
+    dense, small = best["dense"], best["ticket"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("test split", "dense", "ticket", ""):
+        table.add_column(column, justify="left" if column == "test split" else "right")
+    points = 100 * (small["accuracy"] - dense["accuracy"])
+    accuracies = (f"{dense['accuracy']:.2%}", f"{small['accuracy']:.2%}")
+    densities = (f"{dense['density']:.1f}", f"{small['density']:.1f}")
+    rows = [
+        ("accuracy", *accuracies, f"{points:+.2f} points"),
+        ("bytes on disk", *_fewer(dense, small, "bytes")),
+        ("MACs", *_fewer(dense, small, "macs")),
+        ("density, %/MB", *densities, f"{small['density'] / dense['density']:.1f}x"),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    controls = "  ".join(f"{n} {m['accuracy']:.2%}" for n, m in best["controls"].items())
+    console.print(f"exported: {best['arm']} (best on validation); controls on test: {controls}")
+    for other in tickets[1:]:
+        m = other["ticket"]
+        console.print(
+            f"{other['searcher']} ({other['id']}, same retraining): {m['accuracy']:.2%} at "
+            f"{m['bytes']:,} bytes, {other['ratio']:.1f}x, {m['density']:.1f} %/MB"
+        )
+    folder = run.folder / "tickets" / best["id"]
+    console.print(f"ticket   {folder / 'weights.safetensors'}")
+    console.print(f"report   {run.folder / 'report' / 'index.html'}")
+    console.print(
+        'next     python -c "from rlcompress.core.artifact import load_artifact; '
+        f"print(load_artifact('{folder / 'weights.safetensors'}'))\""
+    )
+
+
+def _fewer(dense: dict[str, int], small: dict[str, int], name: str) -> tuple[str, str, str]:
+    return f"{dense[name]:,}", f"{small[name]:,}", f"{dense[name] / small[name]:.1f}x fewer"

@@ -1,0 +1,123 @@
+"""Stage 2: searchers measure schedules; the driver alone appends them to the archive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rlcompress import searchers
+from rlcompress.core.files import JsonLines, save_json
+from rlcompress.core.pareto import archive_front, best_at_floor
+from rlcompress.core.schedule import Record
+from rlcompress.live import stage
+from rlcompress.searchers import Settings
+from rlcompress.spec import spec_hash
+from rlcompress.stages.workspace import DENSE_INPUTS, Workspace, set_aside
+
+
+def _inputs(run: Workspace) -> str:
+    """All that gives a measurement or a proposal its meaning; not how many there are."""
+    search = run.experiment.search
+    counted = {"evaluations", "baseline_evaluations", "searcher", "baselines"}
+    rest = {
+        name: getattr(search, name) for name in type(search).model_fields if name not in counted
+    }
+    hashed = spec_hash(run.experiment, *DENSE_INPUTS, "calibration", "ppo")
+    return f"{hashed} {json.dumps(rest, sort_keys=True)}"
+
+
+def search_all(run: Workspace) -> list[Record]:
+    """Every searcher of the experiment, up to its evaluations; the whole archive."""
+    e, folder = run.experiment, run.folder / "search"
+    marker = folder / "inputs.json"
+    if marker.exists() and json.loads(marker.read_text())["inputs"] != _inputs(run):
+        set_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(marker, {"inputs": _inputs(run)})
+    own = e.search.evaluations
+    budgets = dict.fromkeys(e.search.baselines, e.search.baseline_evaluations or own)
+    budgets[e.search.searcher] = own
+    records = run.archive()
+    for name in [e.search.searcher, *e.search.baselines]:
+        finished = folder / f"{name}.done"
+        mine = [r for r in records if r.searcher == name]
+        if finished.exists() and int(finished.read_text()) >= budgets[name]:
+            continue
+        if len(mine) < budgets[name]:
+            _search_with(run, name, budgets[name], mine, records)
+        # A searcher may have fewer proposals than evaluations; that is not to be tried again.
+        finished.write_text(f"{budgets[name]}\n")
+    if not (folder / "layers.json").exists():
+        _describe_problem(run, folder)
+    return run.archive()
+
+
+def _describe_problem(run: Workspace, folder: Path) -> None:
+    network = run.problem.network
+    rows = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "group": layer.group,
+            "in_channels": layer.in_channels,
+            "out_channels": layer.out_channels,
+            "kernel": layer.kernel,
+            "macs": layer.macs,
+            "params": layer.weights,
+        }
+        for layer in network.layers.values()
+    ]
+    save_json(folder / "dense.json", run.problem.dense.to_dict())
+    save_json(folder / "layers.json", rows)
+
+
+def _search_with(
+    run: Workspace, name: str, budget: int, history: list[Record], records: list[Record]
+) -> None:
+    e, folder = run.experiment, run.folder / "search"
+    settings = Settings(budget, e.search.target, e.seed)
+    run.problem.require_reachable(settings.target)
+    _describe_problem(run, folder)
+    dense = run.problem.dense
+    floor = dense.accuracy - e.ticket.floor / 100
+    with (
+        JsonLines(folder / "archive.jsonl") as archive,
+        JsonLines(folder / "curve.jsonl") as curve,
+        stage(f"search {name}", budget) as shown,
+    ):
+        done = list(history)
+        for record in _records(run, name, settings, history, curve):
+            archive.append(record.to_json())
+            done.append(record)
+            best = best_at_floor(done, floor)
+            shown.update(
+                record.evaluation,
+                f"front {len(archive_front(done))}  "
+                + (
+                    f"best {dense.bytes / best.measurement.bytes:.1f}x "
+                    f"{best.measurement.accuracy:.1%} "
+                    f"{best.measurement.density:.0f} %/MB"
+                    if best
+                    else f"none yet at {floor:.1%}"
+                ),
+            )
+            records.append(record)
+
+
+def _records(
+    run: Workspace, name: str, settings: Settings, history: Sequence[Record], curve: JsonLines
+) -> Iterator[Record]:
+    if name != "ppo":
+        return searchers.find(name)(run.problem, settings, history)
+    from rlcompress.rl import ppo
+
+    return ppo.search(
+        run.bundle,
+        run.problem,
+        settings,
+        history,
+        ppo=ppo.PPOSettings(**run.experiment.ppo.model_dump()),
+        folder=run.folder / "search" / "policy",
+        on_iteration=lambda row: curve.append(json.dumps(row)),
+    )

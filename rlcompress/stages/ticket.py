@@ -1,0 +1,142 @@
+"""Stage 3: the best schedules become tickets, with their controls."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlcompress.core.errors import UserError
+from rlcompress.core.evaluate import Evaluator
+from rlcompress.core.files import save_json
+from rlcompress.core.pareto import archive_front
+from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.core.ticket import Arm, play_arms
+from rlcompress.core.train import Recipe, logits_of, measure
+from rlcompress.live import console, stage
+from rlcompress.report.card import model_card
+from rlcompress.stages.workspace import Workspace, set_aside
+
+
+def winners(run: Workspace, records: list[Record]) -> list[Record]:
+    """The densest schedules at the accuracy floor: `ticket.top` of the searcher, one of the
+    baseline `uniform`. Without one at the floor, the most faithful one."""
+    e = run.experiment
+    floor = run.problem.dense.accuracy - e.ticket.floor / 100
+    wanted = {e.search.searcher: e.ticket.top}
+    if "uniform" in e.search.baselines:
+        wanted.setdefault("uniform", 1)
+    chosen = []
+    for name, count in wanted.items():
+        mine = archive_front(r for r in records if r.searcher == name)
+        feasible = [r for r in mine if r.measurement.accuracy >= floor]
+        feasible.sort(key=lambda r: -r.measurement.density)
+        if not feasible and mine:
+            console.print(f"{name}: no schedule within {e.ticket.floor} points; taking its best")
+            feasible = [min(mine, key=lambda r: r.measurement.kl)]
+        chosen += feasible[:count]
+    return chosen
+
+
+def make_tickets(run: Workspace) -> list[dict[str, Any]]:
+    """Retrains the winners with all their controls; the tickets."""
+    records = run.archive()
+    if not records:
+        raise UserError(f"{run.folder}: nothing searched yet; rlcompress search {run.name}")
+    for record in winners(run, records):
+        folder = run.folder / "tickets" / f"{record.searcher}-{record.schedule.digest()}"
+        path = folder / "ticket.json"
+        if path.exists():
+            if json.loads(path.read_text())["spec_hash"] == run.hash:
+                continue
+            set_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _play(run, record, folder)
+    return run.tickets()
+
+
+def _play(run: Workspace, record: Record, folder: Path) -> None:
+    e, t = run.experiment, run.experiment.ticket
+    selection = run.splits[1]
+    dense = run.network("trained").to(run.device)
+    fit = run.data.train.sample(t.fit_images, e.seed)
+    score = run.splits[0]
+    evaluator = Evaluator(
+        dense,
+        run.problem.network,
+        fit.images().to(run.device),
+        score.images().to(run.device),
+        score.labels_N.to(run.device),
+        run.bundle.estimates,
+        recovery=e.search.recovery,
+        positions=2 * e.calibration.positions,
+        cache_bytes=0,
+        seed=e.seed,
+    )
+    recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=t.distill)
+    arms: dict[str, Arm] = {}
+    dense_logits = logits_of(dense, selection)
+    cost = evaluator.costs.cost(record.schedule)
+    chosen: dict[str, Measurement] = {}
+    with stage(f"ticket {record.searcher}", 3 * t.epochs) as shown:
+        finished = 0
+
+        def on_epoch(arm: str, epoch: int, row: dict[str, Any]) -> None:
+            accuracy = row["validation_accuracy"]
+            shown.update(finished + epoch, f"{arm}  validation {accuracy:.1%}")
+
+        for arm in play_arms(
+            folder,
+            record.schedule,
+            evaluator,
+            run.ref,
+            dense,
+            run.network("rewind").to(run.device),
+            run.data.train,
+            selection,
+            recipe,
+            seed=e.seed,
+            key=f"{run.hash}/{record.schedule.digest()}",
+            on_epoch=on_epoch,
+        ):
+            arms[arm.name] = arm
+            finished = t.epochs * len(arms)
+            chosen[arm.name] = measure(arm.model, selection, dense_logits, cost)
+    best = max(chosen, key=lambda name: (chosen[name].accuracy, -chosen[name].kl))
+    size = os.path.getsize(folder / f"{best}.safetensors")
+    if size != cost.bytes:
+        raise AssertionError(f"{folder}: {size} bytes on disk, {cost.bytes} in closed form")
+    shutil.copyfile(folder / f"{best}.safetensors", folder / "weights.safetensors")
+    # The only place that reads the test split.
+    test_logits = logits_of(dense, run.data.test)
+    dense_cost = evaluator.costs.cost(Schedule())
+    tested = {
+        name: measure(arm.model, run.data.test, test_logits, cost) for name, arm in arms.items()
+    }
+    content = {
+        "id": folder.name,
+        "searcher": record.searcher,
+        "schedule": record.schedule.to_dict(),
+        "channels": evaluator.network.counts(record.schedule),
+        "kept": {
+            g: mask.nonzero()[0].tolist() for g, mask in evaluator.kept(record.schedule).items()
+        },
+        "dense": measure(dense, run.data.test, test_logits, dense_cost).to_dict(),
+        "ticket": tested[best].to_dict(),
+        "arm": best,
+        "controls": {n: m.to_dict() for n, m in tested.items() if n != best},
+        "validation": {n: m.accuracy for n, m in chosen.items()},
+        "curves": {n: arm.curve for n, arm in arms.items() if arm.curve},
+        "seed": e.seed,
+        "spec_hash": run.hash,
+        "split": "test",
+        "target": record.target,
+        "ratio": dense_cost.bytes / cost.bytes,
+        "search": record.measurement.to_dict(),
+    }
+    (folder / "card.md").write_text(
+        model_card(content, run.name, e.model_dump(mode="json")), encoding="utf-8"
+    )
+    save_json(folder / "ticket.json", content)
