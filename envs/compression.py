@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -61,7 +61,7 @@ class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     v0: initial version.
     """
 
-    metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own form)
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
     observation_version = OBSERVATION_VERSION
 
     def __init__(

@@ -249,7 +249,9 @@ class Experiment(_Section):
     device: Annotated[str, AfterValidator(_device)] = Field(
         "auto", description="auto, cpu, cuda, cuda:<index> or mps"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of PyTorch; null = half the cores")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of PyTorch; null = half the cores"
+    )
     description: str = Field("", description="one line for `rlcompress ls`")
 
 

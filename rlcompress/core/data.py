@@ -90,8 +90,7 @@ def _data(
 ) -> Data:
     mean = float(train[0].float().mean())
     std = float(train[0].float().std())
-    splits = [Split(images, labels, mean, std) for images, labels in (train, validation, test)]
-    return Data(*splits, num_classes=num_classes)
+    return Data(*(Split(*part, mean, std) for part in (train, validation, test)), num_classes)
 
 
 def digits(size: int = 32) -> Data:
@@ -205,4 +204,4 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
     parts = [_tensors(dataset, name) for dataset, name in zip(made, names, strict=True)]
     classes = int(max(labels.max() for _, labels in parts)) + 1
     # The user's own transform has normalised these images already.
-    return Data(*[Split(images, labels) for images, labels in parts], num_classes=classes)
+    return Data(*(Split(images, labels) for images, labels in parts), classes)

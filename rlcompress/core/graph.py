@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from rlcompress.core.errors import UserError
 from rlcompress.core.schedule import Schedule
 
-LayerModule = nn.Conv2d | nn.Linear
+LayerModule: TypeAlias = nn.Conv2d | nn.Linear
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ def play_arms(
         "fresh": lambda: cut_network(fresh, network, kept, schedule),
     }
     for name in ("finetuned", "rewind", "fresh", "reconstructed"):
-        small, curve = starts[name](), []
+        small = starts[name]()
+        curve: list[dict[str, Any]] = []
         if name != "reconstructed":
             small, curve = retrain(
                 small,

@@ -1,14 +1,15 @@
 """What proposes schedules. One file each, one function each:
 
-    search(problem, settings, history) -> iterator of Records
+    search(problem, settings, history, measure) -> iterator of Records
 
 `history` holds the records this searcher has already measured; the iterator goes on behind
-them and numbers evaluations from `len(history) + 1`. Every record it yields was measured.
+them and numbers evaluations from `len(history) + 1`. `measure` turns schedules into measurements, here or on
+a cluster.
 """
 
-from rlcompress.searchers.base import Search, Settings
+from rlcompress.searchers.base import Measure, Search, Settings, in_process
 
-__all__ = ["SEARCHERS", "Search", "Settings", "find"]
+__all__ = ["SEARCHERS", "Measure", "Search", "Settings", "find", "in_process"]
 
 SEARCHERS = ("uniform", "random", "knapsack")
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 from typing import Protocol
 
 import numpy as np
 
 from rlcompress.core.problem import Problem
-from rlcompress.core.schedule import Record, Schedule
+from rlcompress.core.schedule import Measurement, Record, Schedule
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,18 @@ class Settings:
     seed: int
 
 
+#: Measures schedules lazily, in order: in this process, or by workers elsewhere.
+Measure = Callable[[Iterable[Schedule]], Iterator[Measurement]]
+
+
 class Search(Protocol):
     def __call__(
-        self, problem: Problem, settings: Settings, history: Sequence[Record]
+        self, problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
     ) -> Iterator[Record]: ...
+
+
+def in_process(problem: Problem) -> Measure:
+    return lambda schedules: map(problem.evaluator.evaluate, schedules)
 
 
 def targets(settings: Settings, count: int) -> list[float]:
@@ -35,14 +43,15 @@ def targets(settings: Settings, count: int) -> list[float]:
 
 def measured(
     name: str,
-    problem: Problem,
     settings: Settings,
     history: Sequence[Record],
+    measure: Measure,
     proposals: Iterable[tuple[Schedule, float | None]],
 ) -> Iterator[Record]:
     """Measures proposals (schedule, target) behind those in `history`, up to the budget."""
     done = len(history)
-    for i, (schedule, target) in enumerate(
-        islice(proposals, done, settings.evaluations), start=done + 1
-    ):
-        yield Record(schedule, problem.evaluator.evaluate(schedule), name, settings.seed, i, target)
+    wanted, measuring = tee(islice(proposals, done, settings.evaluations))
+    measurements = measure(schedule for schedule, _ in measuring)
+    for i, measurement in enumerate(measurements, start=done + 1):
+        schedule, target = next(wanted)
+        yield Record(schedule, measurement, name, settings.seed, i, target)

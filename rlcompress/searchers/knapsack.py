@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 from rlcompress.core.graph import Layer
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
-from rlcompress.searchers.base import Settings, measured, targets
+from rlcompress.searchers.base import Measure, Settings, measured, targets
 
 #: Sizes solved for: more than that differ by a few channels.
 MOST_TARGETS = 24
@@ -155,7 +155,9 @@ class _Program:
         return Schedule(keep, bits)
 
 
-def search(problem: Problem, settings: Settings, history: Sequence[Record]) -> Iterator[Record]:
+def search(
+    problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
+) -> Iterator[Record]:
     """One program for each of at most `MOST_TARGETS` sizes; needs no evaluation to propose."""
     problem.require_reachable(settings.target)
 
@@ -166,4 +168,4 @@ def search(problem: Problem, settings: Settings, history: Sequence[Record]) -> I
             if schedule is not None:
                 yield schedule, target
 
-    return measured("knapsack", problem, settings, history, proposals())
+    return measured("knapsack", settings, history, measure, proposals())

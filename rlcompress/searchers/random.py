@@ -8,7 +8,7 @@ import numpy as np
 
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
-from rlcompress.searchers.base import Settings, measured
+from rlcompress.searchers.base import Measure, Settings, measured
 
 TOLERANCE = 0.95
 
@@ -36,7 +36,9 @@ def _draw(problem: Problem, max_bytes: float, rng: np.random.Generator) -> Sched
     return Schedule(keep, bits)
 
 
-def search(problem: Problem, settings: Settings, history: Sequence[Record]) -> Iterator[Record]:
+def search(
+    problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
+) -> Iterator[Record]:
     """Targets are drawn log-uniformly, as the policy's goals are."""
     problem.require_reachable(settings.target)
 
@@ -46,4 +48,4 @@ def search(problem: Problem, settings: Settings, history: Sequence[Record]) -> I
             target = float(np.exp(rng.uniform(*np.log(settings.target))))
             yield _draw(problem, problem.dense.bytes / target, rng), target
 
-    return measured("random", problem, settings, history, proposals())
+    return measured("random", settings, history, measure, proposals())

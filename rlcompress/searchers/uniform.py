@@ -8,10 +8,12 @@ import numpy as np
 
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
-from rlcompress.searchers.base import Settings, measured
+from rlcompress.searchers.base import Measure, Settings, measured
 
 
-def search(problem: Problem, settings: Settings, history: Sequence[Record]) -> Iterator[Record]:
+def search(
+    problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
+) -> Iterator[Record]:
     """All bit-widths at as many evenly spaced keep ratios as the evaluations pay for."""
     steps = max(2, settings.evaluations // len(problem.bits))
     ratios = np.linspace(1.0, min(problem.keeps), steps)
@@ -20,4 +22,4 @@ def search(problem: Problem, settings: Settings, history: Sequence[Record]) -> I
         for ratio in ratios
         for bits in sorted(problem.bits, reverse=True)
     )
-    return measured("uniform", problem, settings, history, grid)
+    return measured("uniform", settings, history, measure, grid)

@@ -7,6 +7,8 @@ deleted.
 
 from __future__ import annotations
 
+import importlib
+import threading
 from pathlib import Path
 
 from rlcompress.live import console, noise_to
@@ -20,6 +22,14 @@ from rlcompress.stages.ticket import make_tickets
 from rlcompress.stages.workspace import Workspace
 
 __all__ = ["Run", "Workspace"]
+
+
+def _import_ahead(run: Workspace) -> None:
+    if (run.folder / "tracked.json").exists():
+        return
+    if "ppo" in (run.experiment.search.searcher, *run.experiment.search.baselines):
+        importlib.import_module("rlcompress.rl.ppo")
+    importlib.import_module("rlcompress.tracking")
 
 
 class Run:
@@ -66,6 +76,8 @@ class Run:
         w.begin()
         console.print(f"{w.name} in {w.folder}; the libraries' messages go to {w.log()}")
         with noise_to(w.log()):
+            # Ray and MLflow take many seconds to import; dense training leaves a core free.
+            threading.Thread(target=_import_ahead, args=(w,), daemon=True).start()
             train_dense(w)
             search_all(w)
             make_tickets(w)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.errors import UserError
 from rlcompress.core.export import export_onnx
+from rlcompress.core.files import save_json
 from rlcompress.live import console
 from rlcompress.stages.workspace import Workspace
 
@@ -35,7 +37,20 @@ def export(run: Workspace) -> list[Path]:
 
 
 def track(run: Workspace) -> None:
-    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer."""
+    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer.
+
+    `tracked.json` says what was logged where: the same again is not even looked up.
+    """
+    uri = run.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    state = {
+        "uri": uri,
+        "spec_hash": run.hash,
+        "records": len(run.archive()),
+        "tickets": [ticket["id"] for ticket in run.tickets()],
+    }
+    marker = run.folder / "tracked.json"
+    if marker.exists() and json.loads(marker.read_text()) == state:
+        return
     from rlcompress.tracking import Tracker, TrackingError
 
     try:
@@ -56,6 +71,7 @@ def track(run: Workspace) -> None:
                 tracker.register(ticket)
         tracker.log_figures(run.folder / "report")
         tracker.finish()
+        save_json(marker, state)
     except TrackingError as error:
         raise UserError(
             f"{error}", f"all results are in {run.folder}; the same command tries MLflow again"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -108,8 +110,18 @@ def _search_with(
 def _records(
     run: Workspace, name: str, settings: Settings, history: Sequence[Record], curve: JsonLines
 ) -> Iterator[Record]:
+    e = run.experiment.ppo
     if name != "ppo":
-        return searchers.find(name)(run.problem, settings, history)
+        measure = searchers.in_process(run.problem)
+        # Workers, where Ray runs already or a cluster is named: starting it takes a while.
+        if e.num_env_runners and (e.address or "RAY_ADDRESS" in os.environ or _ray_runs()):
+            from rlcompress.rl import pool, ppo
+
+            ppo.start_ray(e.address)
+            measure = pool.measurer(
+                run.bundle, workers=e.num_env_runners, num_gpus=e.num_gpus_per_env_runner
+            )
+        return searchers.find(name)(run.problem, settings, history, measure)
     from rlcompress.rl import ppo
 
     return ppo.search(
@@ -117,7 +129,11 @@ def _records(
         run.problem,
         settings,
         history,
-        ppo=ppo.PPOSettings(**run.experiment.ppo.model_dump()),
+        ppo=ppo.PPOSettings(**e.model_dump()),
         folder=run.folder / "search" / "policy",
         on_iteration=lambda row: curve.append(json.dumps(row)),
     )
+
+
+def _ray_runs() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
