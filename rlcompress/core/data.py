@@ -90,7 +90,8 @@ def _data(
 ) -> Data:
     mean = float(train[0].float().mean())
     std = float(train[0].float().std())
-    return Data(*(Split(*part, mean, std) for part in (train, validation, test)), num_classes)
+    first, second, third = (Split(*part, mean, std) for part in (train, validation, test))
+    return Data(first, second, third, num_classes)
 
 
 def digits(size: int = 32) -> Data:
@@ -204,4 +205,5 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
     parts = [_tensors(dataset, name) for dataset, name in zip(made, names, strict=True)]
     classes = int(max(labels.max() for _, labels in parts)) + 1
     # The user's own transform has normalised these images already.
-    return Data(*(Split(images, labels) for images, labels in parts), classes)
+    train, validation, test = (Split(images, labels) for images, labels in parts)
+    return Data(train, validation, test, classes)

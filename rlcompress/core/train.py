@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as TF
 
 from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
@@ -52,7 +51,7 @@ def _batches(split: Split, recipe: Recipe, seed: int, epoch: int) -> Iterator[to
 def _augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random crop after padding by an eighth, and a random mirror, the same for a batch half."""
     pad = images.shape[-1] // 8
-    padded = TF.pad(images, [pad])
+    padded = F.pad(images, (pad, pad, pad, pad))
     top, left = torch.randint(0, 2 * pad + 1, (2,), generator=generator).tolist()
     cropped = padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
     mirrored = torch.rand(len(images), generator=generator) < 0.5

@@ -11,6 +11,7 @@ import torch
 
 from rlcompress.core.problem import Bundle
 from rlcompress.core.schedule import Measurement, Schedule
+from rlcompress.rl.cluster import share
 from rlcompress.rl.environment import problem_of
 
 
@@ -26,7 +27,7 @@ def measurer(
 ) -> Callable[[Iterable[Schedule]], Iterator[Measurement]]:
     """A function that measures schedules on `workers` Ray tasks at a time and gives their
     measurements in the order of the schedules. Needs a started Ray."""
-    reference = ray.put(bundle)
+    reference = share(bundle)
     remote = _measure.options(num_cpus=1, num_gpus=num_gpus)
 
     def measure(schedules: Iterable[Schedule]) -> Iterator[Measurement]:

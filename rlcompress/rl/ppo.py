@@ -7,31 +7,27 @@ are the trained policy's best guesses over the sizes.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import ray
 import torch
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
-from rlcompress.core.errors import UserError
 from rlcompress.core.policy import Policy, PolicyShape, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.rl.cluster import share, start_ray
 from rlcompress.rl.environment import ENVIRONMENT, RECORDS, CollectRecords, make
 from rlcompress.rl.module import PolicyModule
 from rlcompress.searchers.base import Settings, targets
 
 #: Share of the evaluations for the untrained and for the trained policy's own schedules.
 FIRST, LAST = 0.05, 0.15
-OBJECT_STORE_BYTES = 2**30
 REGISTERED = "rlcompress-environment"
 
 
@@ -62,29 +58,6 @@ class PPOSettings:
         """What the environment is told of these settings."""
         names = ("kl_weight", "accuracy_weight", "shaping", "gamma", "temperature")
         return {name: getattr(self, name) for name in names}
-
-
-def start_ray(address: str | None, log: Path | None = None) -> None:
-    """Connects to `address` or RAY_ADDRESS, else starts Ray on this machine, quietly.
-
-    Raises UserError if a cluster is named and cannot be reached.
-    """
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"ppo.address = {address}: no Ray cluster there: {error}") from error
-    else:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # Workers on this machine use this very environment: no second `uv run` for each.
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def config(
@@ -203,7 +176,7 @@ def search(
 
     if count < total - last:
         start_ray(ppo.address)
-        reference = ray.put(bundle)
+        reference = share(bundle)
         weights = {n: t.numpy() for n, t in policy.state_dict().items()} if resumed else None
         algorithm = config(
             reference, problem, settings, ppo, shape, weights, stream=count

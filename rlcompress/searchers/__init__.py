@@ -3,8 +3,8 @@
     search(problem, settings, history, measure) -> iterator of Records
 
 `history` holds the records this searcher has already measured; the iterator goes on behind
-them and numbers evaluations from `len(history) + 1`. `measure` turns schedules into measurements, here or on
-a cluster.
+them and numbers evaluations from `len(history) + 1`. `measure` turns schedules into
+measurements, here or on a cluster.
 """
 
 from rlcompress.searchers.base import Measure, Search, Settings, in_process

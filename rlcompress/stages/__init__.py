@@ -8,6 +8,7 @@ deleted.
 from __future__ import annotations
 
 import importlib
+import os
 import threading
 from pathlib import Path
 
@@ -24,12 +25,21 @@ from rlcompress.stages.workspace import Workspace
 __all__ = ["Run", "Workspace"]
 
 
-def _import_ahead(run: Workspace) -> None:
+def _prepare(run: Workspace) -> None:
+    """Ray and MLflow take many seconds to start and import; dense training hides it."""
     if (run.folder / "tracked.json").exists():
         return
+    modules = ["rlcompress.tracking"]
+    ppo = run.experiment.ppo
     if "ppo" in (run.experiment.search.searcher, *run.experiment.search.baselines):
-        importlib.import_module("rlcompress.rl.ppo")
-    importlib.import_module("rlcompress.tracking")
+        modules.insert(0, "rlcompress.rl.ppo")
+        if ppo.num_env_runners:
+            # In this thread: Ray's processes die with the thread that started them.
+            cluster = importlib.import_module("rlcompress.rl.cluster")
+            cluster.warm_up(ppo.address, min(ppo.num_env_runners, os.cpu_count() or 1))
+    threading.Thread(
+        target=lambda: [importlib.import_module(name) for name in modules], daemon=True
+    ).start()
 
 
 class Run:
@@ -76,8 +86,7 @@ class Run:
         w.begin()
         console.print(f"{w.name} in {w.folder}; the libraries' messages go to {w.log()}")
         with noise_to(w.log()):
-            # Ray and MLflow take many seconds to import; dense training leaves a core free.
-            threading.Thread(target=_import_ahead, args=(w,), daemon=True).start()
+            _prepare(w)
             train_dense(w)
             search_all(w)
             make_tickets(w)

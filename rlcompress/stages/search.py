@@ -41,7 +41,8 @@ def search_all(run: Workspace) -> list[Record]:
     budgets = dict.fromkeys(e.search.baselines, e.search.baseline_evaluations or own)
     budgets[e.search.searcher] = own
     records = run.archive()
-    for name in [e.search.searcher, *e.search.baselines]:
+    # Baselines first: they leave every worker with the problem built.
+    for name in dict.fromkeys([*e.search.baselines, e.search.searcher]):
         finished = folder / f"{name}.done"
         mine = [r for r in records if r.searcher == name]
         if finished.exists() and int(finished.read_text()) >= budgets[name]:
@@ -115,9 +116,9 @@ def _records(
         measure = searchers.in_process(run.problem)
         # Workers, where Ray runs already or a cluster is named: starting it takes a while.
         if e.num_env_runners and (e.address or "RAY_ADDRESS" in os.environ or _ray_runs()):
-            from rlcompress.rl import pool, ppo
+            from rlcompress.rl import cluster, pool
 
-            ppo.start_ray(e.address)
+            cluster.start_ray(e.address)
             measure = pool.measurer(
                 run.bundle, workers=e.num_env_runners, num_gpus=e.num_gpus_per_env_runner
             )
