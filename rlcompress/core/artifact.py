@@ -3,7 +3,7 @@
 One tensor, `data` (uint8), holds everything layer by layer in forward order: packed codes,
 then scales, then biases (the sizes are in `cost.py`). The safetensors metadata holds a manifest
 (JSON): how to build the network, channels per group, bits and exponents per layer, and the
-SHA-256 of `data`. It is padded so that the header's length is a constant of the network.
+SHA-256 of itself and `data`. It is padded so that the header's length is a constant of the network.
 
 Batch norms are folded: y = gamma (W x + b - mu) / sigma + beta gives scale * gamma / sigma and
 one bias a channel. Scales and biases are float16 under one power-of-two exponent a vector, so
@@ -210,14 +210,14 @@ def pack(
             for t in _norm_tensors(modules[rest.name])
         ]
     data = b"".join(pieces)
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "model": [ref.factory, dict(ref.args), ref.num_classes, list(ref.input_shape)],
         "keep": [int(counts[g]) for g in network.groups],
         "bits": [int(bits.get(n, FULL_PRECISION)) for n in network.layers],
         "exponents": exponents,
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
+    manifest["sha256"] = _digest(manifest, data)
     text = json.dumps(manifest, separators=(",", ":"))
     room = header_bytes(network)
     tensors = {"data": np.frombuffer(data, np.uint8)}
@@ -227,6 +227,12 @@ def pack(
     packed = save_safetensors(tensors, metadata={"rlcompress": text + " " * spare})
     assert len(packed) == room + len(data)
     return packed
+
+
+def _digest(manifest: Mapping[str, Any], data: bytes) -> str:
+    """SHA-256 of a manifest (but for its own `sha256`) and the data behind it."""
+    plain = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode() + data).hexdigest()
 
 
 def write_artifact(path: Path | str, packed: bytes) -> None:
@@ -251,7 +257,7 @@ def _manifest(path: Path) -> tuple[dict[str, Any], bytes]:
                 raise ArtifactError(f"{path}: not an rlcompress artifact (tensors: {file.keys()})")
             data = file.get_tensor("data")
         manifest = json.loads(metadata["rlcompress"])
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError, OSError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path}: not an intact rlcompress artifact: {error}") from error
@@ -260,8 +266,8 @@ def _manifest(path: Path) -> tuple[dict[str, Any], bytes]:
     if data.dtype != np.uint8 or data.ndim != 1:
         raise ArtifactError(f"{path}: `data` must be one row of uint8")
     raw = data.tobytes()
-    if hashlib.sha256(raw).hexdigest() != manifest.get("sha256"):
-        raise ArtifactError(f"{path}: the data do not match their SHA-256: the file is damaged")
+    if _digest(manifest, raw) != manifest.get("sha256"):
+        raise ArtifactError(f"{path}: the content does not match its SHA-256: the file is damaged")
     return manifest, raw
 
 
@@ -291,7 +297,7 @@ def load_artifact(path: Path | str) -> nn.Module:
             raise ValueError(f"{len(data)} bytes of data, the manifest needs {int(size[0])}")
         small = cut(model, network, first_channels(network, counts))
         _fill(small, network, bits, manifest["exponents"], data)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # whatever a stranger's manifest makes torch or a factory raise
         raise ArtifactError(f"{path}: not an intact rlcompress artifact: {error}") from error
     return small.eval()
 

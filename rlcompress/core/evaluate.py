@@ -298,7 +298,7 @@ class Evaluator:
 
         norm = mean = variance = None
         if layer.batch_norm:
-            z, mean, variance = self._normalise(layer.batch_norm, y, out)
+            z, mean, variance = self._normalise(layer.batch_norm, y, out, untouched)
             norm = (layer.batch_norm, z)
         live = self._run_nodes(segment, prefix.live, layer_output=y, norm=norm)
         fitted = prefix.fitted
@@ -332,12 +332,13 @@ class Evaluator:
         )
 
     def _normalise(
-        self, name: str, y: torch.Tensor, out: torch.Tensor
+        self, name: str, y: torch.Tensor, out: torch.Tensor, untouched: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Batch norm with statistics of the fitted images (running ones without recovery)."""
+        """Batch norm with statistics of the fitted images; with the running ones without
+        recovery, or where nothing has changed yet."""
         norm = self._modules[name]
         assert isinstance(norm, nn.BatchNorm2d)
-        if self.recovery == "none":
+        if self.recovery == "none" or untouched:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             mean, variance = norm.running_mean[out], norm.running_var[out]

@@ -49,7 +49,8 @@ class Losses:
 class Prior:
     """The ladder. Rungs go from expensive bytes (small networks) to free ones (large).
 
-    keep_RG, bits_RL  indices into `keeps` and `bits` of each rung's answer
+    keep_RG, bits_RL  indices into `keeps` and `bits` of each rung's answer; rung 0 is the
+                      smallest schedule there is
     bytes_R           its size;  loss_R  its estimated KL;  price_R  its lambda, nats per byte
     """
 
@@ -78,8 +79,9 @@ class Prior:
         bits_L = np.full(layers, smallest)
         rows_G = np.arange(groups)
         keeps, widths, sizes, losses = [], [], [], []
-        for price in price_R:
-            for _ in range(_SWEEPS):
+        for rung, price in enumerate(price_R):
+            # Rung 0 keeps what `keep_G` and `bits_L` start as: the least bytes at any loss.
+            for _ in range(_SWEEPS if rung else 0):
                 counts_G = self.counts_GK[rows_G, keep_G]
                 weights_L = self.costs.weights(counts_G[None])[0][0]
                 spent_LB = weights_L[:, None] * self.bits[None, :] / 8

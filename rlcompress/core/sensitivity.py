@@ -91,7 +91,7 @@ class Estimates:
         return cls(tuple(about["keeps"]), tuple(about["bits"]), **tables)
 
     def clip_of(self, layer: str, bits: int) -> torch.Tensor:
-        return torch.from_numpy(self.clip[layer][self.bits.index(bits)])
+        return torch.tensor(self.clip[layer][self.bits.index(bits)])
 
 
 def _temperature(logits: torch.Tensor) -> float:

@@ -190,7 +190,8 @@ def search(
                     if count < total - last:
                         yield record(info)
                 policy = _trained(algorithm, shape)
-                save_policy(folder, policy, {"evaluations": count, "seed": settings.seed})
+                about = {"evaluations": count, "seed": settings.seed, **ppo.environment()}
+                save_policy(folder, policy, about)
                 if rows:
                     on_iteration(_curve_row(result, rows, count))
         finally:

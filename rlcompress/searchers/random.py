@@ -11,29 +11,37 @@ from rlcompress.core.schedule import Record, Schedule
 from rlcompress.searchers.base import Measure, Settings, measured
 
 TOLERANCE = 0.95
+CHANGES = 20
 
 
 def _draw(problem: Problem, max_bytes: float, rng: np.random.Generator) -> Schedule:
-    """A uniform draw, then random single changes towards the size until it is met."""
-    costs, groups = problem.evaluator.costs, list(problem.network.groups.values())
-    names = [g.name for g in groups if not g.protected]
-    layers = list(problem.network.layers)
-    keep = {name: float(rng.choice(problem.keeps)) for name in names}
-    bits = {name: int(rng.choice(problem.bits)) for name in layers}
-    size = costs.cost(Schedule(keep, bits)).bytes
-    for _ in range(200 * (len(names) + len(layers))):
+    """A uniform draw, then random single changes towards the size, the last ones only down."""
+    costs = problem.evaluator.costs
+    options: dict[tuple[str, str], tuple[float, ...]] = {
+        ("keep", g.name): problem.keeps for g in problem.network.groups.values() if not g.protected
+    }
+    options |= {("bits", name): problem.bits for name in problem.network.layers}
+    names = list(options)
+    drawn = {name: rng.choice(options[name]) for name in names}
+
+    def schedule(values: dict[tuple[str, str], float]) -> Schedule:
+        keep = {name: float(v) for (kind, name), v in values.items() if kind == "keep"}
+        return Schedule(keep, {n: int(v) for (kind, n), v in values.items() if kind == "bits"})
+
+    size = costs.cost(schedule(drawn)).bytes
+    for _ in range(CHANGES * len(names)):
         if TOLERANCE * max_bytes <= size <= max_bytes:
             break
-        k, b = dict(keep), dict(bits)
-        at = int(rng.integers(len(names) + len(layers)))
-        if at < len(names):
-            k[names[at]] = float(rng.choice(problem.keeps))
-        else:
-            b[layers[at - len(names)]] = int(rng.choice(problem.bits))
-        new = costs.cost(Schedule(k, b)).bytes
+        name = names[rng.integers(len(names))]
+        changed = {**drawn, name: rng.choice(options[name])}
+        new = costs.cost(schedule(changed)).bytes
         if abs(np.log(new / max_bytes)) <= abs(np.log(size / max_bytes)):
-            keep, bits, size = k, b, new
-    return Schedule(keep, bits)
+            drawn, size = changed, new
+    while size > max_bytes:
+        name = names[rng.integers(len(names))]
+        drawn[name] = max((v for v in options[name] if v < drawn[name]), default=drawn[name])
+        size = costs.cost(schedule(drawn)).bytes
+    return schedule(drawn)
 
 
 def search(

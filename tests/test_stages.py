@@ -1,0 +1,181 @@
+"""The whole way of the data on a tiny VGG-19: through the command line, on real digits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlcompress.core.artifact import load_artifact
+from rlcompress.core.data import digits
+from rlcompress.core.files import read_archive
+from rlcompress.core.train import top1
+
+EXPERIMENTS = """
+experiments:
+  tiny:
+    model: {factory: vgg19, args: {width: 0.125}}
+    data: {factory: digits}
+    dense: {epochs: 3, batch_size: 32}
+    calibration: {fit_images: 64, score_images: 64, positions: 256, estimate_images: 32}
+    search: {searcher: knapsack, evaluations: 12, target: [6, 20], keeps: [1.0, 0.6, 0.3],
+             bits: [2, 4, 8]}
+    ppo: {num_env_runners: 0, episodes_per_iteration: 8}
+    ticket: {epochs: 2, batch_size: 32, lr: 0.05, fit_images: 128, floor: 3.0}
+"""
+
+
+def command(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "rlcompress", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hash of every file but the log and MLflow's own."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "log.txt" and "mlflow" not in str(path)
+    }
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "experiments.yaml").write_text(EXPERIMENTS)
+    return folder, command(folder, "run", "tiny").stdout
+
+
+def test_a_run_leaves_the_files_that_others_rely_on(ran):
+    run = ran[0] / "runs" / "tiny"
+    for name in (
+        "spec.yaml",
+        "dense/init.safetensors",
+        "dense/rewind.safetensors",
+        "dense/trained.safetensors",
+        "dense/metrics.json",
+        "search/archive.jsonl",
+        "report/index.html",
+        "report/front.png",
+        "mlflow.db",
+    ):
+        assert (run / name).is_file(), name
+    tickets = [json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json")]
+    assert {t["searcher"] for t in tickets} == {"knapsack", "uniform"}
+    for ticket in tickets:
+        assert ticket["split"] == "test"
+        arms = {ticket["arm"], *ticket["controls"]}
+        assert arms == {"rewind", "finetuned", "reconstructed", "fresh"}
+        assert ticket["validation"][ticket["arm"]] == max(ticket["validation"].values())
+
+
+def test_the_ticket_is_as_small_and_as_good_as_it_says(ran):
+    run, test = ran[0] / "runs" / "tiny", digits().test
+    for path in run.glob("tickets/*/ticket.json"):
+        ticket = json.loads(path.read_text())
+        weights = path.with_name("weights.safetensors")
+        assert weights.stat().st_size == ticket["ticket"]["bytes"]
+        assert ticket["dense"]["bytes"] / weights.stat().st_size == pytest.approx(ticket["ratio"])
+        assert top1(load_artifact(weights), test) == pytest.approx(ticket["ticket"]["accuracy"])
+
+
+def test_the_last_lines_say_before_and_after(ran):
+    for words in ("dense", "ticket", "bytes on disk", "exported:", "uniform", "report"):
+        assert words in ran[1]
+
+
+def test_the_champion_loads_by_the_documented_line(ran):
+    run = (ran[0] / "runs" / "tiny").resolve()
+    line = (
+        "import mlflow, torch; "
+        "model = mlflow.pytorch.load_model('models:/rlcompress-tiny@champion'); "
+        "print(tuple(model(torch.zeros(3, 1, 32, 32)).shape))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", line],
+        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{run / 'mlflow.db'}"},
+        capture_output=True,
+        text=True,
+        cwd=run,
+    )
+    assert done.stdout.splitlines()[-1] == "(3, 10)", done.stderr
+
+
+def test_the_same_command_again_changes_nothing(ran):
+    run = ran[0] / "runs" / "tiny"
+    before = contents(run)
+    command(ran[0], "run", "tiny")
+    assert contents(run) == before
+
+
+def test_another_searcher_adds_to_the_archive(ran):
+    run = ran[0] / "runs" / "tiny"
+    before = (run / "search/archive.jsonl").read_text()
+    command(ran[0], "search", "tiny", "--searcher", "random", "--set", "search.evaluations=4")
+    after = (run / "search/archive.jsonl").read_text()
+    assert after.startswith(before)
+    assert sum(r.searcher == "random" for r in read_archive(run / "search/archive.jsonl")) == 4
+
+
+def test_check_prints_the_table_and_writes_nothing(tmp_path):
+    (tmp_path / "experiments.yaml").write_text(EXPERIMENTS)
+    printed = command(tmp_path, "check", "tiny").stdout
+    for words in ("features.49", "classifier", "the network's output", "to expect", "17 layers"):
+        assert words in printed
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_target_out_of_reach_is_one_line(ran):
+    done = command(
+        ran[0], "run", "tiny", "--set", "search.target=[6,9000]", "--out", "far", check=False
+    )
+    assert done.returncode == 2
+    assert "search.target = [6.0, 9000.0]: at most" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_killed_in_the_middle_of_ppo_it_goes_on(tmp_path):
+    """kill -9 while workers sample; the same command keeps every line and doubles none."""
+    text = EXPERIMENTS.replace("knapsack, evaluations: 12", "ppo, evaluations: 60")
+    (tmp_path / "experiments.yaml").write_text(text.replace("runners: 0", "runners: 1"))
+    archive = tmp_path / "runs/tiny/search/archive.jsonl"
+    words = [sys.executable, "-m", "rlcompress", "search", "tiny", "--set", "search.baselines=[]"]
+    victim = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    while victim.poll() is None and len(_lines(archive)) < 12:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            victim.wait(0.05)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    before = _lines(archive)
+    assert 12 <= len(before) < 60
+    command(tmp_path, "search", "tiny", "--set", "search.baselines=[]")
+    after = _lines(archive)
+    assert after[: len(before)] == before
+    evaluations = [record.evaluation for record in read_archive(archive)]
+    assert evaluations == list(range(1, 61))
+
+
+def _lines(archive: Path) -> list[str]:
+    """Whole lines only."""
+    if not archive.exists():
+        return []
+    text = archive.read_text()
+    return text[: text.rfind("\n") + 1].splitlines()

@@ -1,0 +1,59 @@
+"""A network so small that all of its schedules can be measured: the known optimum."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+
+from rlcompress.core.artifact import ModelRef
+from rlcompress.core.data import digits
+from rlcompress.core.graph import build_network
+from rlcompress.core.problem import Bundle, Problem, make_bundle
+from rlcompress.core.schedule import Measurement, Schedule
+from rlcompress.core.sensitivity import estimate
+from rlcompress.core.train import Recipe, train
+
+KEEPS = (1.0, 0.6, 0.3)
+BITS = (2, 4, 8)
+
+
+def toy_network(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+    """Three convolutions and a head."""
+    widths = (8, 12, 16)
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise((in_channels, *widths)):
+        conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        layers += [conv, nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)]
+    return nn.Sequential(*layers)
+
+
+def toy_bundle(recovery: str = "reconstruct", *, epochs: int = 8, seed: int = 0) -> Bundle:
+    """The toy trained on real digits, ready to be searched."""
+    data = digits(size=16)
+    ref = ModelRef("tests.toy:toy_network", {}, 10, (1, 16, 16))
+    model = ref.build(seed)
+    train(model, data.train, Recipe(epochs, batch_size=32, lr=0.1), seed=seed)
+    score, _ = data.score_and_selection(128, seed)
+    fit = data.train.sample(128, seed)
+    network = build_network(model, ref.example())
+    estimates = estimate(model, network, fit.images(), keeps=KEEPS, bits=BITS, seed=seed)
+    return make_bundle(model, ref, fit, score, estimates, recovery=recovery, positions=512)
+
+
+def enumerate_schedules(problem: Problem) -> list[tuple[Schedule, Measurement]]:
+    """Every schedule there is, measured."""
+    groups, layers = list(problem.network.groups), list(problem.network.layers)
+    everything = []
+    for keep in itertools.product(problem.keeps, repeat=len(groups)):
+        for bits in itertools.product(problem.bits, repeat=len(layers)):
+            schedule = Schedule(
+                dict(zip(groups, keep, strict=True)), dict(zip(layers, bits, strict=True))
+            )
+            everything.append((schedule, problem.evaluator.evaluate(schedule)))
+    return everything
+
+
+torch.set_num_threads(1)
