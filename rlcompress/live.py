@@ -23,7 +23,12 @@ from rich.progress import (
 #: Seconds between plain lines.
 PLAIN_INTERVAL = 10.0
 
+#: Tables keep their columns in a file or a pipe.
+PLAIN_WIDTH = 140
+
 console = Console(soft_wrap=True, highlight=False)
+if not console.is_terminal:
+    console.width = PLAIN_WIDTH
 
 
 class Stage:

@@ -41,10 +41,9 @@ from mlflow.types import Schema, TensorSpec
 from requests import RequestException  # type: ignore[import-untyped]
 from sqlalchemy.exc import SQLAlchemyError
 
+from rlcompress.core.pareto import FLOOR_MARGIN
 from rlcompress.core.schedule import Measurement, Record
 
-#: Accuracy (0-1) that a density may cost: it is quoted at dense accuracy minus this.
-FLOOR_MARGIN = 0.01
 _ADVICE = "MLFLOW_TRACKING_URI names another; unset, the run folder is used"
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100  # MLflow's limits
 

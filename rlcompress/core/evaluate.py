@@ -280,7 +280,7 @@ class Evaluator:
         at, target_PO = self._positions[t], self._targets[t]
         if not out_mask.all():
             target_PO = target_PO[:, out]
-        untouched = bits == FULL_PRECISION and out_mask.all() and not self._touched(prefix)
+        untouched = bool(out_mask.all()) and bits == FULL_PRECISION and not self._touched(prefix)
         patch = None
         if self.recovery == "reconstruct" and not untouched:
             patch = patches(module, x, at, conv_groups)

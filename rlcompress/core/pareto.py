@@ -11,6 +11,9 @@ from rlcompress.core.schedule import Record
 
 T = TypeVar("T")
 
+#: Accuracy (0-1) that a density may cost: it is quoted at the dense accuracy minus this.
+FLOOR_MARGIN = 0.01
+
 
 def nondominated(costs: np.ndarray) -> np.ndarray:
     """Mask (N,) of the rows of `costs` (N, 2), all minimised, that no other row dominates.

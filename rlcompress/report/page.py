@@ -14,12 +14,10 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from rlcompress.core.pareto import archive_front
+from rlcompress.core.pareto import FLOOR_MARGIN, archive_front
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.report import figures
 
-#: Accuracy (0-1) below the dense network's that a result may lose and still count.
-FLOOR_MARGIN = 0.01
 _LIBRARIES = ("rlcompress", "torch", "ray", "gymnasium", "mlflow", "numpy", "onnxruntime")
 _BASELINE = "uniform"
 

@@ -12,11 +12,12 @@ import os
 import threading
 from pathlib import Path
 
+from rlcompress.core.errors import UserError
 from rlcompress.live import console, noise_to
 from rlcompress.report.page import write_report
 from rlcompress.spec import Experiment
 from rlcompress.stages.check import check
-from rlcompress.stages.deliver import export, last_lines, track
+from rlcompress.stages.deliver import export, last_lines, track, tracked
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.search import search_all
 from rlcompress.stages.ticket import make_tickets
@@ -76,8 +77,11 @@ class Run:
             console.print(path)
 
     def report(self) -> None:
-        with noise_to(self.workspace.log()):
-            page = write_report(self.workspace.folder)
+        w = self.workspace
+        if not (w.folder / "search" / "archive.jsonl").exists():
+            raise UserError(f"{w.folder}: nothing searched yet; rlcompress run {w.name}")
+        with noise_to(w.log()):
+            page = write_report(w.folder)
         console.print(page)
 
     def run(self) -> None:
@@ -90,7 +94,7 @@ class Run:
             train_dense(w)
             search_all(w)
             make_tickets(w)
-            export(w)
-            write_report(w.folder)
-            track(w)
+            if export(w) and not tracked(w):
+                write_report(w.folder)
+                track(w)
         last_lines(w)

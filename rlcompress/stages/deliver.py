@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.errors import UserError
@@ -36,21 +37,23 @@ def export(run: Workspace) -> list[Path]:
     return paths
 
 
-def track(run: Workspace) -> None:
-    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer.
-
-    `tracked.json` says what was logged where: the same again is not even looked up.
-    """
-    uri = run.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    state = {
-        "uri": uri,
+def _state(run: Workspace) -> dict[str, Any]:
+    return {
+        "uri": run.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"),
         "spec_hash": run.hash,
         "records": len(run.archive()),
         "tickets": [ticket["id"] for ticket in run.tickets()],
     }
+
+
+def tracked(run: Workspace) -> bool:
+    """Whether report and MLflow have all that the run folder holds (`tracked.json` says so)."""
     marker = run.folder / "tracked.json"
-    if marker.exists() and json.loads(marker.read_text()) == state:
-        return
+    return marker.exists() and json.loads(marker.read_text()) == _state(run)
+
+
+def track(run: Workspace) -> None:
+    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer."""
     from rlcompress.tracking import Tracker, TrackingError
 
     try:
@@ -71,7 +74,7 @@ def track(run: Workspace) -> None:
                 tracker.register(ticket)
         tracker.log_figures(run.folder / "report")
         tracker.finish()
-        save_json(marker, state)
+        save_json(run.folder / "tracked.json", _state(run))
     except TrackingError as error:
         raise UserError(
             f"{error}", f"all results are in {run.folder}; the same command tries MLflow again"

@@ -13,7 +13,7 @@ from rlcompress.core.schedule import Schedule
 from rlcompress.core.train import Recipe, logits_of, measure, train
 from rlcompress.live import stage
 from rlcompress.spec import spec_hash
-from rlcompress.stages.workspace import DENSE_INPUTS, Workspace, set_aside
+from rlcompress.stages.workspace import DENSE_INPUTS, Workspace
 
 
 def train_dense(run: Workspace) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
         metrics: dict[str, Any] = json.loads(path.read_text())
         if metrics["inputs"] == inputs:
             return metrics
-        set_aside(folder)
+        run.set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     model = run.ref.build(e.seed)

@@ -14,29 +14,17 @@ from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
 from rlcompress.live import stage
 from rlcompress.searchers import Settings
-from rlcompress.spec import spec_hash
-from rlcompress.stages.workspace import DENSE_INPUTS, Workspace, set_aside
-
-
-def _inputs(run: Workspace) -> str:
-    """All that gives a measurement or a proposal its meaning; not how many there are."""
-    search = run.experiment.search
-    counted = {"evaluations", "baseline_evaluations", "searcher", "baselines"}
-    rest = {
-        name: getattr(search, name) for name in type(search).model_fields if name not in counted
-    }
-    hashed = spec_hash(run.experiment, *DENSE_INPUTS, "calibration", "ppo")
-    return f"{hashed} {json.dumps(rest, sort_keys=True)}"
+from rlcompress.stages.workspace import Workspace
 
 
 def search_all(run: Workspace) -> list[Record]:
     """Every searcher of the experiment, up to its evaluations; the whole archive."""
     e, folder = run.experiment, run.folder / "search"
     marker = folder / "inputs.json"
-    if marker.exists() and json.loads(marker.read_text())["inputs"] != _inputs(run):
-        set_aside(folder)
+    if marker.exists() and json.loads(marker.read_text())["inputs"] != run.search_inputs():
+        run.set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_json(marker, {"inputs": _inputs(run)})
+    save_json(marker, {"inputs": run.search_inputs()})
     own = e.search.evaluations
     budgets = dict.fromkeys(e.search.baselines, e.search.baseline_evaluations or own)
     budgets[e.search.searcher] = own

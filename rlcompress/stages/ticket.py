@@ -17,7 +17,7 @@ from rlcompress.core.ticket import Arm, play_arms
 from rlcompress.core.train import Recipe, logits_of, measure
 from rlcompress.live import console, stage
 from rlcompress.report.card import model_card
-from rlcompress.stages.workspace import Workspace, set_aside
+from rlcompress.stages.workspace import Workspace
 
 
 def winners(run: Workspace, records: list[Record]) -> list[Record]:
@@ -45,15 +45,14 @@ def make_tickets(run: Workspace) -> list[dict[str, Any]]:
     records = run.archive()
     if not records:
         raise UserError(f"{run.folder}: nothing searched yet; rlcompress search {run.name}")
+    for path in sorted((run.folder / "tickets").glob("*/ticket.json")):
+        if json.loads(path.read_text())["inputs"] != run.ticket_inputs():
+            run.set_aside(path.parent)
     for record in winners(run, records):
         folder = run.folder / "tickets" / f"{record.searcher}-{record.schedule.digest()}"
-        path = folder / "ticket.json"
-        if path.exists():
-            if json.loads(path.read_text())["spec_hash"] == run.hash:
-                continue
-            set_aside(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _play(run, record, folder)
+        if not (folder / "ticket.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _play(run, record, folder)
     return run.tickets()
 
 
@@ -98,7 +97,7 @@ def _play(run: Workspace, record: Record, folder: Path) -> None:
             selection,
             recipe,
             seed=e.seed,
-            key=f"{run.hash}/{record.schedule.digest()}",
+            key=f"{run.ticket_inputs()}/{record.schedule.digest()}",
             on_epoch=on_epoch,
         ):
             arms[arm.name] = arm
@@ -131,6 +130,7 @@ def _play(run: Workspace, record: Record, folder: Path) -> None:
         "curves": {n: arm.curve for n, arm in arms.items() if arm.curve},
         "seed": e.seed,
         "spec_hash": run.hash,
+        "inputs": run.ticket_inputs(),
         "split": "test",
         "target": record.target,
         "ratio": dense_cost.bytes / cost.bytes,

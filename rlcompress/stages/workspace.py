@@ -24,14 +24,6 @@ from rlcompress.spec import Experiment, spec_hash, write_resolved
 DENSE_INPUTS = ("model", "data", "dense", "seed")
 
 
-def set_aside(path: Path) -> None:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    path.rename(aside)
-    console.print(f"{path} was made from other options: it is now {aside}")
-
-
 def default_threads() -> int:
     """Half the cores: the layers are small, and on few cores a second thread costs more in
     waiting than it brings (5.8 s against 20 s for the estimates on two)."""
@@ -47,6 +39,31 @@ class Workspace:
         torch.set_flush_denormal(True)
         torch.set_num_threads(experiment.threads or default_threads())
         self.device = pick_device(experiment.device)
+
+    def set_aside(self, path: Path) -> None:
+        """Moves what was made from other options out of the way; nothing is deleted."""
+        folder = self.folder / "set-aside"
+        folder.mkdir(exist_ok=True)
+        number = 1
+        while (aside := folder / f"{path.name}.{number}").exists():
+            number += 1
+        path.rename(aside)
+        console.print(f"{path} was made from other options: it is now {aside}")
+
+    def search_inputs(self) -> str:
+        """All that gives a measurement or a proposal its meaning; not how many there are."""
+        search = self.experiment.search
+        counted = {"evaluations", "baseline_evaluations", "searcher", "baselines"}
+        rest = {
+            name: getattr(search, name) for name in type(search).model_fields if name not in counted
+        }
+        hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration", "ppo")
+        return f"{hashed} {json.dumps(rest, sort_keys=True)}"
+
+    def ticket_inputs(self) -> str:
+        """What a schedule's ticket depends on, beside the schedule; not how many there are."""
+        ticket = self.experiment.ticket.model_dump(exclude={"top", "floor"})
+        return f"{self.search_inputs()} {json.dumps(ticket, sort_keys=True)}"
 
     @functools.cached_property
     def data(self) -> Data:
@@ -122,7 +139,8 @@ class Workspace:
         paths = sorted((self.folder / "tickets").glob("*/ticket.json"))
         found = [json.loads(path.read_text()) for path in paths]
         order = [self.experiment.search.searcher, *self.experiment.search.baselines]
-        current = [t for t in found if t["spec_hash"] == self.hash and t["searcher"] in order]
+        inputs = self.ticket_inputs()
+        current = [t for t in found if t["inputs"] == inputs and t["searcher"] in order]
         return sorted(
             current,
             key=lambda t: (order.index(t["searcher"]), -t["validation"][t["arm"]], t["id"]),
