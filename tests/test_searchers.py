@@ -42,14 +42,19 @@ def test_targets_are_met(problem, name):
         assert record.measurement.bytes <= problem.dense.bytes / record.target
 
 
-def test_uniform_covers_the_whole_grid(problem):
-    records = run(problem, "uniform", 9, [])
-    pairs = {
-        (next(iter(r.schedule.keep.values())), next(iter(r.schedule.bits.values())))
+def test_uniform_covers_the_range_and_nothing_else(problem):
+    records = run(problem, "uniform", 1000, [])
+    kinds = {
+        tuple(problem.network.counts(r.schedule).values()) + tuple(r.schedule.bits.values())
         for r in records
     }
-    assert len(pairs) == 9
-    assert {bits for _, bits in pairs} == set(problem.bits)
+    assert len(kinds) == len(records) > 8
+    for record in records:
+        assert 3.0 <= problem.dense.bytes / record.measurement.bytes <= 8.0
+        assert len(set(record.schedule.keep.values())) == 1
+        assert len(set(record.schedule.bits.values())) == 1
+    few = run(problem, "uniform", 5, [])
+    assert {few[0].schedule, few[-1].schedule} == {records[0].schedule, records[-1].schedule}
 
 
 def test_knapsack_is_the_optimum_of_the_estimates(problem):

@@ -1,4 +1,7 @@
-"""The static rule: one keep ratio and one bit-width for the whole network, the whole grid."""
+"""The static rule: one keep ratio and one bit-width for the whole network.
+
+Sizes follow from the closed form, so no evaluation is spent outside the target range.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,33 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rlcompress.core.problem import Problem
-from rlcompress.core.schedule import Record
+from rlcompress.core.schedule import Record, Schedule
 from rlcompress.searchers.base import Measure, Settings, measured
+
+#: Keep ratios that are told apart; neighbours often give the same channels.
+RATIOS = 200
+
+
+def grid(problem: Problem, target: tuple[float, float]) -> list[Schedule]:
+    """Every distinct uniform schedule whose size ratio lies in `target`, largest first."""
+    costs, seen = problem.evaluator.costs, set()
+    found: list[tuple[int, Schedule]] = []
+    for bits in problem.bits:
+        for ratio in np.linspace(1.0, min(problem.keeps), RATIOS):
+            schedule = problem.uniform(round(float(ratio), 4), bits)
+            channels = (bits, *problem.network.counts(schedule).values())
+            size = costs.cost(schedule).bytes
+            if channels not in seen and target[0] <= problem.dense.bytes / size <= target[1]:
+                seen.add(channels)
+                found.append((size, schedule))
+    return [schedule for _, schedule in sorted(found, key=lambda pair: -pair[0])]
 
 
 def search(
     problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
 ) -> Iterator[Record]:
-    """All bit-widths at as many evenly spaced keep ratios as the evaluations pay for."""
-    steps = max(2, settings.evaluations // len(problem.bits))
-    ratios = np.linspace(1.0, min(problem.keeps), steps)
-    grid = (
-        (problem.uniform(float(ratio), bits), None)
-        for ratio in ratios
-        for bits in sorted(problem.bits, reverse=True)
-    )
-    return measured("uniform", settings, history, measure, grid)
+    """The whole grid, or as many evenly spaced schedules of it as the evaluations pay for."""
+    schedules = grid(problem, settings.target)
+    count = min(settings.evaluations, len(schedules))
+    chosen = np.linspace(0, len(schedules) - 1, count).round().astype(int)
+    return measured("uniform", settings, history, measure, ((schedules[i], None) for i in chosen))
