@@ -279,24 +279,25 @@ def load_artifact(path: Path | str) -> nn.Module:
     path = Path(path)
     manifest, data = _manifest(path)
     try:
-        factory, args, num_classes, input_shape = manifest["model"]
-        ref = ModelRef(str(factory), dict(args), int(num_classes), tuple(map(int, input_shape)))
-        model = ref.build()
-        network = build_network(model, ref.example())
-        counts = dict(zip(network.groups, manifest["keep"], strict=True))
-        bits = dict(zip(network.layers, manifest["bits"], strict=True))
-        allowed = {FULL_PRECISION, *range(2, 9)}
-        for group, count in counts.items():
-            if not 1 <= count <= network.groups[group].channels:
-                raise ValueError(f"{count} channels in group {group!r}")
-        if not set(bits.values()) <= allowed:
-            raise ValueError(f"bits {sorted(set(bits.values()) - allowed)}")
-        costs = CostModel(network)
-        size = costs.bytes(np.array([list(counts.values())]), np.array([list(bits.values())]))
-        if int(size[0]) - costs.header != len(data):
-            raise ValueError(f"{len(data)} bytes of data, the manifest needs {int(size[0])}")
-        small = cut(model, network, first_channels(network, counts))
-        _fill(small, network, bits, manifest["exponents"], data)
+        with torch.inference_mode(False):  # plain tensors, wherever it is called from
+            factory, args, num_classes, input_shape = manifest["model"]
+            ref = ModelRef(str(factory), dict(args), int(num_classes), tuple(map(int, input_shape)))
+            model = ref.build()
+            network = build_network(model, ref.example())
+            counts = dict(zip(network.groups, manifest["keep"], strict=True))
+            bits = dict(zip(network.layers, manifest["bits"], strict=True))
+            allowed = {FULL_PRECISION, *range(2, 9)}
+            for group, count in counts.items():
+                if not 1 <= count <= network.groups[group].channels:
+                    raise ValueError(f"{count} channels in group {group!r}")
+            if not set(bits.values()) <= allowed:
+                raise ValueError(f"bits {sorted(set(bits.values()) - allowed)}")
+            costs = CostModel(network)
+            size = costs.bytes(np.array([list(counts.values())]), np.array([list(bits.values())]))
+            if int(size[0]) - costs.header != len(data):
+                raise ValueError(f"{len(data)} bytes of data, the manifest needs {int(size[0])}")
+            small = cut(model, network, first_channels(network, counts))
+            _fill(small, network, bits, manifest["exponents"], data)
     except Exception as error:  # whatever a stranger's manifest makes torch or a factory raise
         raise ArtifactError(f"{path}: not an intact rlcompress artifact: {error}") from error
     return small.eval()

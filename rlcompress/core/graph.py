@@ -220,13 +220,15 @@ def _coupled(model: nn.Module, example: torch.Tensor, ignored: set[str]) -> list
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
     try:
-        graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
-        groups = list(
-            graph.get_all_groups(
-                ignored_layers=[modules[name] for name in ignored],
-                root_module_types=[nn.Conv2d, nn.Linear],
+        # The dependency graph is read off autograd's, even where the caller has turned that off.
+        with torch.inference_mode(False):
+            graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
+            groups = list(
+                graph.get_all_groups(
+                    ignored_layers=[modules[name] for name in ignored],
+                    root_module_types=[nn.Conv2d, nn.Linear],
+                )
             )
-        )
     except Exception as error:
         raise UserError(
             f"{type(model).__name__}: channels cannot be grouped ({type(error).__name__}: {error})"
