@@ -1,0 +1,278 @@
+"""The file is the network: same answers read back, and nothing but an error from a broken one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save
+from safetensors.torch import save_file
+
+from rlcompress.core.artifact import (
+    ArtifactError,
+    ModelRef,
+    load_artifact,
+    pack,
+    pack_codes,
+    snap,
+    unpack_codes,
+    write_artifact,
+)
+from rlcompress.core.cost import CostModel
+from rlcompress.core.errors import UserError
+from rlcompress.core.prune import attach_masks, cut
+from rlcompress.core.quant import attach_fake_quant, max_code, scale_of
+from rlcompress.core.schedule import Schedule
+
+
+def write(net, path, schedule, seed=0):
+    """Cuts, snaps and writes; returns the network that computes what the file should."""
+    small = cut(net.model, net.network, net.kept(schedule, seed))
+    bits, scales = net.quantized(small, schedule)
+    scales = snap(small, net.network, bits, scales)
+    counts = net.network.counts(schedule)
+    write_artifact(path, pack(small, net.network, net.ref, counts, bits, scales))
+    return net.fake_quantized(small, bits, scales)
+
+
+@given(bits=st.integers(2, 8), count=st.integers(0, 100), seed=st.integers(0, 2**16))
+def test_codes_survive_packing_in_no_more_bytes_than_they_need(bits, count, seed):
+    top, step = max_code(bits), 2 if bits <= 3 else 1
+    codes = np.random.default_rng(seed).choice(np.arange(-top, top + 1, step), count)
+    packed = pack_codes(codes, bits)
+    assert len(packed) == -(-count * bits // 8)
+    assert np.array_equal(unpack_codes(packed, count, bits), codes)
+
+
+@given(choice=st.data(), seed=st.integers(0, 2**16))
+@settings(max_examples=8)
+def test_masked_is_cut_is_written_is_read_back(net, close, scratch, choice, seed):
+    """The whole chain, quantized, and the file as large as the cost model says."""
+    schedule = choice.draw(net.schedules())
+    kept, counts = net.kept(schedule, seed), net.network.counts(schedule)
+    bits = {name: schedule.width(name) for name in net.network.layers}
+    modules = dict(net.model.named_modules())
+    scales = {n: scale_of(modules[n].weight, 0.8, b) for n, b in bits.items() if b != 32}
+
+    masked = copy.deepcopy(net.model)
+    attach_fake_quant(masked, net.network, bits, scales)
+    attach_masks(masked, net.network, kept)
+    small = cut(net.model, net.network, kept)
+    for name in scales:
+        layer = net.network.layers[name]
+        if layer.group:
+            scales[name] = scales[name][torch.from_numpy(kept[layer.group])]
+    close(net.out(masked), net.out(net.fake_quantized(small, bits, scales)))
+
+    scales = snap(small, net.network, bits, scales)
+    snapped = net.out(net.fake_quantized(small, bits, scales))
+    write_artifact(scratch, pack(small, net.network, net.ref, counts, bits, scales))
+    close(snapped, net.out(load_artifact(scratch)))
+    assert scratch.stat().st_size == CostModel(net.network).cost(schedule).bytes
+
+
+@pytest.mark.parametrize("net", ["mobilenetv2"], indirect=True)
+def test_another_process_reads_the_same_network(net, close, tmp_path):
+    names = [*net.network.layers]
+    schedule = Schedule(
+        dict.fromkeys(net.network.groups, 0.6), {n: 2 + i % 7 for i, n in enumerate(names[:-5])}
+    )
+    wanted = net.out(write(net, tmp_path / "a", schedule))
+    save_file({"images": net.images}, tmp_path / "images")
+    program = (
+        "import sys; from safetensors.torch import load_file, save_file\n"
+        "from rlcompress.core.artifact import load_artifact\n"
+        "folder = sys.argv[1]; images = load_file(folder + '/images')['images']\n"
+        "logits = load_artifact(folder + '/a')(images).detach()\n"
+        "save_file({'logits': logits}, folder + '/logits')\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    close(wanted, torch.from_numpy(load_file(tmp_path / "logits")["logits"]))
+
+
+def test_learned_steps_are_written(vgg, close, tmp_path):
+    schedule = Schedule(bits=dict.fromkeys(vgg.network.layers, 4))
+    small = copy.deepcopy(vgg.model)
+    bits, scales = vgg.quantized(small, schedule)
+    trained = vgg.fake_quantized(small, bits, {n: 1.5 * s for n, s in scales.items()})
+    packed = pack(trained, vgg.network, vgg.ref, vgg.network.counts(schedule), bits, scales)
+    write_artifact(tmp_path / "a", packed)
+    close(vgg.out(trained), vgg.out(load_artifact(tmp_path / "a")), relative=2e-2)
+
+
+def test_snapping_changes_answers_little(trained, close):
+    """Half floats under one exponent: 11 bits a scale and a bias."""
+    schedule = Schedule(bits=dict.fromkeys(trained.network.layers, 8))
+    small = copy.deepcopy(trained.model)
+    bits, scales = trained.quantized(small, schedule)
+    before = trained.out(trained.fake_quantized(small, bits, scales))
+    scales = snap(small, trained.network, bits, scales)
+    close(before, trained.out(trained.fake_quantized(small, bits, scales)), relative=1e-2)
+
+
+def test_snapping_twice_is_snapping_once(vgg):
+    schedule = Schedule(bits=dict.fromkeys(vgg.network.layers, 3))
+    model = copy.deepcopy(vgg.model)
+    bits, scales = vgg.quantized(model, schedule)
+    scales = snap(model, vgg.network, bits, scales)
+    counts = vgg.network.counts(schedule)
+    first = pack(model, vgg.network, vgg.ref, counts, bits, scales)
+    scales = snap(model, vgg.network, bits, scales)
+    assert pack(model, vgg.network, vgg.ref, counts, bits, scales) == first
+
+
+def test_files_are_read_where_gradients_are_off(vgg, tmp_path):
+    write(vgg, tmp_path / "a", Schedule())
+    wanted = vgg.out(load_artifact(tmp_path / "a"))
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert torch.equal(load_artifact(tmp_path / "a")(vgg.images), wanted)
+
+
+def test_writing_leaves_no_other_file(vgg, tmp_path):
+    write(vgg, tmp_path / "a", Schedule())
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_arguments_that_do_not_fit_the_header_are_refused(vgg):
+    ref = ModelRef("vgg19", {"width": 0.0625, "note": "x" * 4000}, 10, (1, 32, 32))
+    with pytest.raises(UserError, match="do not fit"):
+        pack(vgg.model, vgg.network, ref, vgg.network.counts(Schedule()), {}, {})
+
+
+# --- broken files ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def intact(vgg, tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("intact") / "a"
+    write(vgg, path, Schedule(dict.fromkeys(vgg.network.groups, 0.25), {"features.0": 4}))
+    return path.read_bytes()
+
+
+def refuses(path, content: bytes) -> str:
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError) as caught:
+        load_artifact(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def with_manifest(intact: bytes, **changes) -> bytes:
+    """The same data behind another manifest, its digest made to match."""
+    from rlcompress.core.artifact import _digest
+
+    size = int.from_bytes(intact[:8], "little")
+    manifest = json.loads(json.loads(intact[8 : 8 + size])["__metadata__"]["rlcompress"]) | changes
+    data = intact[8 + size :]
+    manifest["sha256"] = _digest(manifest, data)
+    tensors = {"data": np.frombuffer(data, np.uint8)}
+    return save(tensors, metadata={"rlcompress": json.dumps(manifest)})
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=30)
+def test_a_truncated_file_is_refused(intact, scratch, share):
+    refuses(scratch, intact[: int(share * len(intact))])
+
+
+@given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=60)
+def test_a_flipped_bit_in_the_data_is_refused(intact, scratch, at, bit):
+    start = 8 + int.from_bytes(intact[:8], "little")
+    broken = bytearray(intact)
+    broken[start + int(at * (len(intact) - start))] ^= 1 << bit
+    refuses(scratch, bytes(broken))
+
+
+@given(mutations=st.dictionaries(st.integers(0, 1700), st.integers(0, 255), min_size=1, max_size=4))
+@settings(max_examples=200)
+def test_other_bytes_in_the_header_are_refused_or_mean_the_same(vgg, intact, scratch, mutations):
+    """The room behind the manifest is blank: other blanks there are no damage."""
+    broken = bytearray(intact)
+    for at, byte in mutations.items():
+        broken[at] = byte
+    scratch.write_bytes(bytes(broken))
+    try:
+        model = load_artifact(scratch)
+    except ArtifactError:
+        return
+    changed = {intact[i] for i in mutations if intact[i] != broken[i]}
+    assert changed <= set(b" ")
+    scratch.write_bytes(intact)
+    assert torch.equal(vgg.out(model), vgg.out(load_artifact(scratch)))
+
+
+@given(content=st.binary(max_size=300))
+def test_noise_is_refused(scratch, content):
+    refuses(scratch, content)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": "rlcompress/999"},
+        {"format": None},
+        {"model": ["nosuch", {}, 10, [1, 32, 32]]},
+        {"model": ["vgg19", {"width": 0.0625, "nosuch": 1}, 10, [1, 32, 32]]},
+        {"model": ["vgg19", {"width": 0.0625}, 10, [1, 2, 2]]},
+        {"model": ["vgg19", {"width": 0.0625}, -10, [1, 32, 32]]},
+        {"model": ["vgg19", {"width": "x"}, 10, [1, 32, 32]]},
+        {"model": "vgg19"},
+        {"model": None},
+        {"keep": [0] * 16},
+        {"keep": [10**9] * 16},
+        {"keep": [1]},
+        {"keep": ["a"] * 16},
+        {"bits": [32] * 17},
+        {"bits": [1] * 17},
+        {"bits": [[]] * 17},
+        {"exponents": [[]] * 17},
+        {"exponents": None},
+        {"exponents": [["a", "b"]] * 17},
+    ],
+    ids=repr,
+)
+def test_a_manifest_that_lies_is_refused(intact, tmp_path, changes):
+    refuses(tmp_path / "a", with_manifest(intact, **changes))
+
+
+def test_the_unchanged_manifest_is_taken(vgg, intact, tmp_path):
+    (tmp_path / "a").write_bytes(with_manifest(intact))
+    assert load_artifact(tmp_path / "a")(vgg.images).shape == (8, 10)
+
+
+def test_other_safetensors_files_are_refused(intact, tmp_path):
+    refuses(tmp_path / "a", save({"data": np.zeros(3, np.uint8)}))
+    refuses(tmp_path / "a", save({"weight": np.zeros(3, np.float32)}))
+    refuses(tmp_path / "a", save({"data": np.zeros((2, 2), np.float32)}, {"rlcompress": "{}"}))
+    refuses(tmp_path / "a", save({"data": np.zeros(3, np.uint8)}, {"rlcompress": "[" * 100_000}))
+    with pytest.raises(ArtifactError, match="nothere"):
+        load_artifact(tmp_path / "nothere")
+
+
+class Trap:
+    """Unpickling one leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("save_it", [pickle.dump, torch.save])
+def test_a_pickle_is_refused_unopened(tmp_path, save_it):
+    sprung = tmp_path / "sprung"
+    with open(tmp_path / "a", "wb") as file:
+        save_it(Trap(sprung), file)
+    refuses(tmp_path / "a", (tmp_path / "a").read_bytes())
+    assert not sprung.exists()

@@ -1,0 +1,173 @@
+"""What the evaluator says of a schedule is what the written network does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rlcompress.core.artifact import load_artifact
+from rlcompress.core.errors import UserError
+from rlcompress.core.evaluate import Evaluator, compare
+from rlcompress.core.schedule import Schedule
+from rlcompress.core.ticket import fitted_network, write_network
+
+RECOVERIES = ("none", "bn", "reconstruct")
+WIDTHS = (2, 3, 4, 6, 8, 32)
+
+
+@pytest.fixture(scope="module")
+def evaluator(make_evaluator) -> Evaluator:
+    return make_evaluator()
+
+
+def uncached(evaluator: Evaluator, schedule: Schedule):
+    """`collect` goes past the cache."""
+    return evaluator.finish(evaluator.run(schedule, collect=True))
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+def test_nothing_done_is_the_dense_network(make_evaluator, trained, score, recovery):
+    evaluator = make_evaluator(recovery=recovery)
+    measured = evaluator.evaluate(Schedule())
+    with torch.no_grad():
+        logits = trained.model(score.images())
+    right = float((logits.argmax(1) == score.labels_N).float().mean())
+    assert measured.accuracy == evaluator.dense.accuracy == pytest.approx(right)
+    assert measured.kl == evaluator.dense.kl == pytest.approx(0, abs=1e-6)
+    assert measured.bytes == evaluator.dense.bytes == evaluator.costs.cost(Schedule()).bytes
+
+
+@given(choice=st.data())
+@settings(max_examples=8)
+def test_the_cache_changes_no_measurement(evaluator, trained, choice):
+    schedule = choice.draw(trained.schedules(WIDTHS))
+    first = evaluator.evaluate(schedule)
+    hits = evaluator.cache.hits
+    assert evaluator.evaluate(schedule) == first
+    assert evaluator.cache.hits >= hits + len(trained.network.layers)
+    assert uncached(evaluator, schedule) == first
+
+
+def test_a_common_beginning_is_computed_once(make_evaluator, trained):
+    evaluator = make_evaluator()
+    names = [*trained.network.layers]
+    evaluator.evaluate(Schedule(bits=dict.fromkeys(names, 4)))
+    misses = evaluator.cache.misses
+    evaluator.evaluate(Schedule(bits=dict.fromkeys(names, 4) | {names[-2]: 3}))
+    assert evaluator.cache.misses == misses + 2
+
+
+@pytest.mark.parametrize("max_bytes", [0, 10**5, 3 * 10**7])
+def test_the_cache_stays_within_its_bytes(make_evaluator, uniform, max_bytes):
+    roomy, tight = make_evaluator(), make_evaluator(cache_bytes=max_bytes)
+    for keep, bits in ((0.6, 4), (0.6, 3), (0.25, 4), (0.6, 4)):
+        assert tight.evaluate(uniform(keep, bits)) == roomy.evaluate(uniform(keep, bits))
+        assert tight.cache.bytes <= max_bytes
+    assert roomy.cache.bytes > max_bytes or max_bytes > 10**5
+
+
+def test_a_prefix_stays_valid_after_advancing(evaluator):
+    prefix = evaluator.advance(evaluator.begin(), 0.6, 4)
+    before = {node: tensor.clone() for node, tensor in prefix.live.items()}
+    evaluator.advance(prefix, 0.25, 2)
+    evaluator.advance(prefix, 1.0, 8)
+    assert all(torch.equal(tensor, before[node]) for node, tensor in prefix.live.items())
+    assert len(prefix.choices) == len(prefix.unexplained) == 1
+
+
+@given(choice=st.data())
+@settings(max_examples=5)
+def test_a_finished_prefix_says_the_schedule_it_ran(evaluator, trained, choice):
+    schedule = choice.draw(trained.schedules(WIDTHS))
+    assert evaluator.schedule(evaluator.run(schedule)) == schedule
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+@pytest.mark.parametrize(("keep", "bits"), [(0.8, 8), (0.6, 3), (0.6, 32)])
+def test_the_written_network_scores_as_the_evaluator_said(
+    make_evaluator, trained, uniform, score, tmp_path, recovery, keep, bits
+):
+    evaluator, schedule = make_evaluator(recovery=recovery), uniform(keep, bits)
+    said = evaluator.evaluate(schedule)
+    small = fitted_network(trained.model, evaluator, schedule)
+    write_network(tmp_path / "a", small, trained.network, trained.ref, schedule)
+    with torch.no_grad():
+        dense = trained.model(score.images())
+        logits = load_artifact(tmp_path / "a")(score.images())
+    accuracy, loss, kl = compare(logits, dense, score.labels_N)
+    assert (tmp_path / "a").stat().st_size == said.bytes
+    # Half-float scales and biases may tip an image or two.
+    assert accuracy == pytest.approx(said.accuracy, abs=2.5 / len(score))
+    assert loss == pytest.approx(said.loss, rel=0.03)
+    assert kl == pytest.approx(said.kl, rel=0.03)
+
+
+def test_reconstruction_beats_batch_norms_beat_nothing(make_evaluator, uniform):
+    kl = {r: make_evaluator(recovery=r).evaluate(uniform(0.8, 4)).kl for r in RECOVERIES}
+    assert kl["reconstruct"] < kl["bn"] / 2
+    assert kl["bn"] < kl["none"] / 2
+
+
+def test_scored_images_never_touch_the_fit(make_evaluator, uniform, score):
+    schedule = uniform(0.6, 3)
+    plain = make_evaluator().run(schedule, collect=True).fitted
+    noise = torch.randn(score.images().shape, generator=torch.Generator().manual_seed(0))
+    other = make_evaluator(score=100 * noise).run(schedule, collect=True).fitted
+    for name, layer in plain.items():
+        for field in ("weight", "bias", "scale_O", "mean_O", "variance_O"):
+            ours, theirs = getattr(layer, field), getattr(other[name], field)
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs), (name, field)
+
+
+def test_fitted_images_do_change_the_fit(make_evaluator, uniform, fit):
+    schedule = uniform(0.6, 3)
+    plain = make_evaluator().run(schedule, collect=True).fitted
+    other = make_evaluator(fit=fit.flip(-1)).run(schedule, collect=True).fitted
+    assert not torch.equal(plain["features.3"].weight, other["features.3"].weight)
+
+
+def test_unexplained_is_zero_until_something_is_done(evaluator, trained):
+    changed = [*trained.network.layers][5]
+    shares = evaluator.run(Schedule(bits={changed: 2})).unexplained
+    assert shares[:5] == (0.0,) * 5
+    assert all(0 < share <= 1 for share in shares[5:])
+
+
+def test_what_cannot_be_evaluated_is_refused(evaluator, make_evaluator):
+    with pytest.raises(UserError, match="nolayer"):
+        evaluator.evaluate(Schedule(bits={"nolayer": 4}))
+    with pytest.raises(ValueError, match="reconstruct"):
+        make_evaluator(recovery="magic")
+
+
+@pytest.mark.parametrize("net", ["mobilenetv2", "resnet18"], indirect=True)
+def test_depthwise_and_residual_networks_are_written_as_scored(net, net_estimates, tmp_path):
+    images, labels = net.images, torch.arange(4)
+    evaluator = Evaluator(net.model, net.network, images[:4], images[4:], labels, net_estimates)
+    assert evaluator.evaluate(Schedule()).kl == pytest.approx(0, abs=1e-6)
+    schedule = Schedule(
+        dict.fromkeys(net.network.groups, 0.5), dict.fromkeys(net.network.layers, 4)
+    )
+    said = evaluator.evaluate(schedule)
+    small = fitted_network(net.model, evaluator, schedule)
+    fake = net.fake_quantized(small.model, schedule.bits, small.scales)
+    dense = net.out(net.model)[4:]
+    assert compare(net.out(fake)[4:], dense, labels)[2] == pytest.approx(said.kl, rel=1e-3)
+    write_network(tmp_path / "a", small, net.network, net.ref, schedule)
+    # Half-float scales and biases in up to 53 untrained layers, four images.
+    back = net.out(load_artifact(tmp_path / "a"))[4:]
+    assert compare(back, dense, labels)[2] == pytest.approx(said.kl, rel=0.15)
+
+
+def test_compare_against_its_definitions():
+    torch.manual_seed(0)
+    logits, dense, labels = torch.randn(50, 4), torch.randn(50, 4), torch.randint(4, (50,))
+    accuracy, loss, kl = compare(logits, dense, labels)
+    p, q = dense.softmax(1), logits.softmax(1)
+    assert accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert loss == pytest.approx(float(nn.functional.nll_loss(q.log(), labels)), rel=1e-5)
+    assert kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
+    assert compare(dense, dense, labels)[2] == 0.0

@@ -1,0 +1,75 @@
+"""The ladder: a schedule for every size that is possible at all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlcompress.core.cost import CostModel
+from rlcompress.core.prior import Prior
+from rlcompress.core.schedule import Schedule
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["refitted", "plain"])
+def prior(request, net, net_estimates) -> Prior:
+    return Prior(net.network, net_estimates, CostModel(net.network), refitted=request.param)
+
+
+def test_a_rungs_bytes_are_its_schedules(prior):
+    for keep_G, bits_L, size in zip(prior.keep_RG, prior.bits_RL, prior.bytes_R, strict=True):
+        schedule = Schedule(
+            dict(zip(prior.network.groups, prior.keeps[keep_G].tolist(), strict=True)),
+            dict(zip(prior.network.layers, prior.bits[bits_L].tolist(), strict=True)),
+        )
+        assert prior.costs.cost(schedule).bytes == size
+
+
+def test_dearer_bytes_smaller_networks(prior):
+    assert (np.diff(prior.price_R) < 0).all()
+    assert prior.bytes_R[0] == prior.smallest_bytes() == prior.bytes_R.min()
+    assert (np.diff(prior.bytes_R) >= 0).mean() > 0.9
+    assert prior.bytes_R[-1] > 1.5 * prior.bytes_R[0]
+
+
+def test_no_schedule_is_smaller_than_the_smallest(prior):
+    least = Schedule(
+        dict.fromkeys(prior.network.groups, 0.1), dict.fromkeys(prior.network.layers, 2)
+    )
+    assert prior.smallest_bytes() == prior.costs.cost(least).bytes
+
+
+@given(share=st.floats(0, 1))
+@settings(max_examples=15)
+def test_every_possible_size_is_met(prior, share):
+    smallest, dense = prior.smallest_bytes(), prior.costs.cost(Schedule()).bytes
+    max_bytes = smallest + share * (dense - smallest)
+    schedule = prior.schedule(max_bytes)
+    prior.network.validate(schedule)
+    assert prior.costs.cost(schedule).bytes <= max_bytes
+
+
+def test_more_room_never_costs_more_loss(prior):
+    rooms = np.geomspace(prior.smallest_bytes(), prior.bytes_R.max(), 40)
+    losses = [prior.loss_R[prior.rung(prior.bytes_R, room)] for room in rooms]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_an_impossible_size_gets_the_smallest(prior):
+    assert prior.costs.cost(prior.schedule(1)).bytes == prior.smallest_bytes()
+
+
+def test_estimates_beat_the_same_choice_everywhere(trained, estimates, make_evaluator, uniform):
+    """The prior's schedule, at the size of a uniform one, is closer to the dense network."""
+    evaluator = make_evaluator()
+    prior = Prior(trained.network, estimates, evaluator.costs, refitted=True)
+    plain = evaluator.evaluate(uniform(0.4, 3))
+    assert evaluator.evaluate(prior.schedule(plain.bytes)).kl < plain.kl
+
+
+def test_losses_never_fall_when_more_is_cut(prior):
+    prune, quantize = prior.losses.prune_GK, prior.losses.quantize_LB
+    assert (np.diff(prune, axis=1) <= 0).all()
+    assert (np.diff(quantize, axis=1) <= 0).all()
+    assert (prune[:, -1] == 0).all()

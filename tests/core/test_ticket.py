@@ -1,0 +1,100 @@
+"""Four arms from one cut: same channels, same file size, read back from the disk."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from rlcompress.core.artifact import load_artifact
+from rlcompress.core.quant import fake_quantize
+from rlcompress.core.schedule import Schedule
+from rlcompress.core.ticket import ARMS, cut_network, play_arms, retrain, write_network
+from rlcompress.core.train import Recipe, logits_of, top1
+
+RECIPE = Recipe(epochs=1, batch_size=32, lr=0.02, distill=True)
+
+
+@pytest.fixture(scope="module")
+def evaluator(make_evaluator):
+    return make_evaluator()
+
+
+@pytest.fixture(scope="module")
+def schedule(uniform, trained):
+    """4 bits, but for a float head."""
+    plain = uniform(0.6, 4)
+    return Schedule(plain.keep, {**plain.bits, "classifier": 32})
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, trained, evaluator, schedule, data):
+    folder = tmp_path_factory.mktemp("arms")
+    before = copy.deepcopy(trained.model.state_dict())
+    seen = []
+    arms = play_arms(
+        folder, schedule, evaluator, trained.ref, trained.model, trained.ref.build(0),
+        data.train.sample(256, 0), data.validation, RECIPE, seed=0,
+        on_epoch=lambda arm, epoch, row: seen.append((arm, epoch)),
+    )  # fmt: skip
+    found = {arm.name: arm for arm in arms}
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    return folder, found, seen
+
+
+def test_all_arms_are_played_and_only_three_trained(played):
+    _, arms, seen = played
+    assert {*arms} == {*ARMS}
+    assert {arm for arm, _ in seen} == {*ARMS} - {"reconstructed"}
+    assert [len(arms[name].curve) for name in ARMS] == [0, 1, 1, 1]
+
+
+def test_every_file_has_the_promised_size_and_no_other_is_left(played, evaluator, schedule):
+    folder, _, _ = played
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    promised = evaluator.costs.cost(schedule).bytes
+    assert sizes == {f"{name}.safetensors": promised for name in ARMS}
+
+
+def test_arms_are_what_the_disk_holds(played, data):
+    folder, arms, _ = played
+    for name, arm in arms.items():
+        again = load_artifact(folder / f"{name}.safetensors")
+        images = data.test.images(slice(0, 4))
+        with torch.no_grad():
+            assert torch.equal(arm.model(images), again(images))
+
+
+def test_arms_start_from_different_weights(played, data):
+    _, arms, _ = played
+    accuracy = {name: top1(arm.model, data.validation) for name, arm in arms.items()}
+    assert min(accuracy["reconstructed"], accuracy["finetuned"]) > 0.7
+    assert max(accuracy["rewind"], accuracy["fresh"]) < accuracy["finetuned"] - 0.2
+    one, two = (logits_of(arms[n].model, data.validation) for n in ("rewind", "fresh"))
+    assert not torch.allclose(one, two)
+
+
+def test_retraining_learns_steps_and_leaves_its_start(trained, evaluator, schedule, data, tmp_path):
+    network = trained.network
+    start = cut_network(trained.model, network, evaluator.kept(schedule), schedule)
+    before = copy.deepcopy(start.model.state_dict())
+    end, curve = retrain(
+        start, network, schedule, data.train.sample(256, 0), RECIPE,
+        seed=0, teacher=trained.model, validation=data.validation,
+    )  # fmt: skip
+    assert {*end.model.state_dict()} == {*before}
+    assert all(torch.equal(t, before[n]) for n, t in start.model.state_dict().items())
+    assert {*end.scales} == {*start.scales} == {*network.layers} - {"classifier"}
+    assert not torch.equal(end.scales["features.0"], start.scales["features.0"])
+
+    modules = dict(end.model.named_modules())
+    quantized = copy.deepcopy(end.model)
+    for name, scale in end.scales.items():
+        weight = fake_quantize(modules[name].weight, scale, schedule.width(name))
+        quantized.get_submodule(name).weight.data = weight
+    assert top1(quantized, data.validation) == pytest.approx(curve[-1]["validation_accuracy"])
+    write_network(tmp_path / "a", end, network, trained.ref, schedule)
+    written = top1(load_artifact(tmp_path / "a"), data.validation)
+    assert written == pytest.approx(curve[-1]["validation_accuracy"], abs=0.01)
