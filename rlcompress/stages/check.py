@@ -15,6 +15,7 @@ from rlcompress.core.problem import make_bundle
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.train import Recipe, train
 from rlcompress.live import console
+from rlcompress.searchers import uniform
 from rlcompress.stages.workspace import Workspace
 
 
@@ -70,8 +71,8 @@ def _time(run: Workspace, model: nn.Module, trained: bool) -> None:
     problem = bundle.problem()
     prepared = time.perf_counter() - begun
     problem.require_reachable(e.search.target)
-    middle = (e.search.target[0] * e.search.target[1]) ** 0.5
-    schedule = problem.prior.schedule(problem.dense.bytes / middle)
+    sizes = uniform.grid(problem, e.search.target)
+    schedule = sizes[len(sizes) // 2]
     begun = time.perf_counter()
     measurement = problem.evaluator.evaluate(schedule)
     episode = time.perf_counter() - begun
