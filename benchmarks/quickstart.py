@@ -75,21 +75,15 @@ def run(experiment: str, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--experiment", default="quickstart")
-    options = parser.parse_args()
-    rows = [
-        r for seed in ((0,) if options.quick else (0, 1, 2)) for r in run(options.experiment, seed)
-    ]
-    figures = {}
+def summarise(experiment: str, rows: list[dict[str, Any]]) -> None:
+    """Prints the table and writes the result file."""
     print(f"\n{'searcher':10}{'seed':>5}{'dense':>9}{'ticket':>9}{'bytes':>10}{'x':>8}  arm")
     for row in rows:
         print(
             f"{row['searcher']:10}{row['seed']:5}{row['dense']:9.2%}{row['accuracy']:9.2%}"
             f"{row['bytes']:10,}{row['ratio']:8.1f}  {row['arm']}"
         )
+    figures = {}
     for name in sorted({row["searcher"] for row in rows}):
         mine = [row for row in rows if row["searcher"] == name]
         drops = [100 * (row["accuracy"] - row["dense"]) for row in mine]
@@ -98,14 +92,25 @@ def main() -> None:
         figures[f"density_{name}"] = results.figure(
             [r["density"] for r in mine], "% per 10^6 bytes"
         )
-    main_rows = [row for row in rows if row["searcher"] == "ppo"]
-    figures["kl_ratio"] = results.figure([r["kl_ratio"] for r in main_rows], "uniform / ppo")
-    figures["seconds"] = results.figure([r["seconds"] for r in main_rows], "s, command to end")
+    searched = [row for row in rows if row["searcher"] == "ppo"]
+    figures["kl_ratio"] = results.figure([r["kl_ratio"] for r in searched], "KL of uniform / ppo")
+    figures["seconds"] = results.figure([r["seconds"] for r in searched], "s, command to end")
     for name, value in figures.items():
         sd = f" ± {value['sd']:.2f}" if value["sd"] is not None else ""
-        print(f"{name:20}{value['value']:10.2f}{sd}  {value['unit']}")
-    suffix = "" if options.experiment == "quickstart" else f"_{options.experiment.split('-')[1]}"
-    print(results.write(f"quickstart{suffix}", figures, rows))
+        print(f"{name:20}{value['value']:10.2f}{sd}  {value['unit']}  (n = {value['n']})")
+    print(results.write(experiment.replace("-", "_"), figures, rows), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="seed 0 alone")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--experiment", default="quickstart")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for seed in "0" if options.quick else options.seeds.split(","):
+        rows += run(options.experiment, int(seed))
+        summarise(options.experiment, rows)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,12 @@ def _time(run: Workspace, model: nn.Module, trained: bool) -> None:
     prepared = time.perf_counter() - begun
     problem.require_reachable(e.search.target)
     sizes = uniform.grid(problem, e.search.target)
-    schedule = sizes[len(sizes) // 2]
+    # A narrow range may hold no uniform schedule.
+    schedule = (
+        sizes[len(sizes) // 2]
+        if sizes
+        else problem.prior.schedule(problem.dense.bytes / e.search.target[0])
+    )
     begun = time.perf_counter()
     measurement = problem.evaluator.evaluate(schedule)
     episode = time.perf_counter() - begun
