@@ -324,7 +324,7 @@ def args() -> st.SearchStrategy:
         st.none()
         | st.booleans()
         | st.integers(-(2**40), 2**40)
-        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
         | st.text(max_size=8)
         | st.sampled_from(["1e-3", "null", "yes", "0x1f", "2020-01-01", "~", "=", "<<", " a"])
     )
@@ -335,7 +335,7 @@ def args() -> st.SearchStrategy:
 
 
 def experiments() -> st.SearchStrategy:
-    positive = st.floats(1e-12, 1e6)
+    positive = st.floats(1e-12, 1e6, allow_subnormal=False)
     return st.fixed_dictionaries(
         {
             "model": st.fixed_dictionaries(

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torch import nn
 from rlcompress.core.cost import CostModel, header_bytes
 from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Network, build_network
-from rlcompress.core.models import build_model
+from rlcompress.core.models import BUILT_IN, build_model
 from rlcompress.core.prune import cut, first_channels
 from rlcompress.core.quant import encode, float_weight, learned_scales, max_code
 from rlcompress.core.schedule import FULL_PRECISION
@@ -271,16 +271,24 @@ def _manifest(path: Path) -> tuple[dict[str, Any], bytes]:
     return manifest, raw
 
 
-def load_artifact(path: Path | str) -> nn.Module:
+def load_artifact(path: Path | str, *, trust: Collection[str] = ()) -> nn.Module:
     """The network in an artifact, in eval mode, float32, batch norms folded.
 
-    Needs no other file. Raises ArtifactError on a file that is not an intact artifact.
+    Needs no other file. A file may only name the networks that rlcompress ships, or a
+    "pkg.mod:factory" that `trust` lists: importing and calling what a file says would run
+    whatever its author likes. Raises ArtifactError on a file that names another, or that is
+    not an intact artifact.
     """
     path = Path(path)
     manifest, data = _manifest(path)
     try:
         with torch.inference_mode(False):  # plain tensors, wherever it is called from
             factory, args, num_classes, input_shape = manifest["model"]
+            if factory not in BUILT_IN and factory not in trust:
+                raise ArtifactError(
+                    f"{path}: it asks for the network {factory!r}; if you trust that code: "
+                    f"load_artifact(path, trust=[{factory!r}])"
+                )
             ref = ModelRef(str(factory), dict(args), int(num_classes), tuple(map(int, input_shape)))
             model = ref.build()
             network = build_network(model, ref.example())
