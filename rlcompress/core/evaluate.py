@@ -134,7 +134,6 @@ class Evaluator:
         self._labels = labels
         self._fx = trace(model, fit[:1])
         self._modules = dict(self._fx.named_modules())
-        self._norm_owner = {x.batch_norm: x for x in self.layers if x.batch_norm}
         self._order = {
             name: np.argsort(-estimates.importance[name], kind="stable") for name in network.groups
         }
