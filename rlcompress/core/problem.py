@@ -46,11 +46,16 @@ class Bundle:
     seed: int
     device: str = "auto"
 
+    def model(self) -> nn.Module:
+        """The dense network, in eval mode."""
+        model = self.ref.build()
+        model.load_state_dict({n: torch.tensor(a) for n, a in self.weights.items()})
+        return model.eval()
+
     def problem(self) -> Problem:
         """Builds evaluator and prior. The arrays may be read-only and shared: they are copied."""
         torch.set_flush_denormal(True)
-        model = self.ref.build()
-        model.load_state_dict({n: torch.tensor(a) for n, a in self.weights.items()})
+        model = self.model()
         network = build_network(model, self.ref.example())
         device = pick_device(self.device)
         model = model.to(device, memory_format=torch.channels_last)

@@ -14,8 +14,8 @@ Each arm is written as a packed artifact and measured as read back from the disk
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rlcompress.core.artifact import ModelRef, load_artifact, pack, snap, write_
 from rlcompress.core.data import Split
 from rlcompress.core.evaluate import Evaluator, FittedLayer
 from rlcompress.core.graph import Network
+from rlcompress.core.problem import pick_device
 from rlcompress.core.prune import cut
 from rlcompress.core.quant import (
     attach_fake_quant,
@@ -36,9 +37,10 @@ from rlcompress.core.quant import (
     scale_of,
 )
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
-from rlcompress.core.train import Recipe, train
+from rlcompress.core.train import Checkpoint, Recipe, epochs, teach
 
-ARMS = ("reconstructed", "finetuned", "rewind", "fresh")
+UNTRAINED = "reconstructed"
+ARMS = (UNTRAINED, "finetuned", "rewind", "fresh")
 
 
 @dataclass
@@ -47,6 +49,9 @@ class CutNetwork:
 
     model: nn.Module
     scales: dict[str, torch.Tensor]
+
+    def cpu(self) -> CutNetwork:
+        return CutNetwork(self.model.cpu(), {n: scale.cpu() for n, scale in self.scales.items()})
 
 
 def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -> CutNetwork:
@@ -91,45 +96,94 @@ def cut_network(
     return CutNetwork(small, scales)
 
 
-def retrain(
-    start: CutNetwork,
-    network: Network,
-    schedule: Schedule,
-    data: Split,
-    recipe: Recipe,
-    *,
-    seed: int,
-    teacher: nn.Module,
-    validation: Split,
-    checkpoint: Path | None = None,
-    key: str = "",
-    on_epoch: Callable[[int, dict[str, Any]], None] = lambda epoch, row: None,
-) -> tuple[CutNetwork, list[dict[str, Any]]]:
-    """Quantization-aware training from `start`, which stays as it was; and the curve."""
-    model = copy.deepcopy(start.model)
-    bits = {name: schedule.width(name) for name in network.layers}
-    attach_fake_quant(model, network, bits, start.scales)
-    curve = train(
-        model,
-        data,
-        recipe,
-        seed=seed,
-        validation=validation,
-        teacher=teacher,
-        checkpoint=checkpoint,
-        key=key,
-        on_epoch=on_epoch,
-    )
-    scales = {**start.scales, **learned_scales(model)}
-    plain = copy.deepcopy(start.model)
-    trained = dict(model.named_modules())
-    with torch.no_grad():
-        state = {n: t for n, t in model.state_dict().items() if "parametrizations" not in n}
-        plain.load_state_dict(state, strict=False)
-        for name, module in plain.named_modules():
-            if name in network.layers:
-                module.weight.copy_(float_weight(trained[name]))
-    return CutNetwork(plain.eval(), scales), curve
+@dataclass(frozen=True)
+class Lesson:
+    """What the trained arms of a run's tickets have in common; goes to workers as one object."""
+
+    data: Split
+    validation: Split
+    recipe: Recipe
+    seed: int
+    taught: torch.Tensor | None = None
+    teacher: nn.Module | None = None
+    device: str = "auto"
+
+    @staticmethod
+    def of(
+        data: Split,
+        validation: Split,
+        recipe: Recipe,
+        seed: int,
+        teacher: nn.Module,
+        device: str = "auto",
+    ) -> Lesson:
+        """With what the teacher says of every image, or the teacher itself where augmentation
+        makes new ones."""
+        plain = Lesson(data, validation, recipe, seed, device=device)
+        if not recipe.distill:
+            return plain
+        if recipe.augment:
+            return replace(plain, teacher=copy.deepcopy(teacher).cpu())
+        return replace(plain, taught=teach(teacher, data))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One arm to train: quantization-aware, from `start`, which stays as it was."""
+
+    start: CutNetwork
+    network: Network
+    schedule: Schedule
+
+    def prepared(self) -> nn.Module:
+        model = copy.deepcopy(self.start.model)
+        bits = {name: self.schedule.width(name) for name in self.network.layers}
+        attach_fake_quant(model, self.network, bits, self.start.scales)
+        return model
+
+    def train(self, lesson: Lesson, resume: Checkpoint | None = None) -> Iterator[Checkpoint]:
+        """A checkpoint an epoch."""
+        device = pick_device(lesson.device)
+        yield from epochs(
+            self.prepared().to(device),
+            lesson.data,
+            lesson.recipe,
+            seed=lesson.seed,
+            validation=lesson.validation,
+            teacher=None if lesson.teacher is None else lesson.teacher.to(device),
+            taught=lesson.taught,
+            resume=resume,
+        )
+
+    def result(self, last: Checkpoint) -> CutNetwork:
+        """The network of a checkpoint: float weights and learned scales."""
+        model = self.prepared()
+        model.load_state_dict(last.weights())
+        scales = {**self.start.scales, **learned_scales(model)}
+        plain = copy.deepcopy(self.start.model)
+        trained = dict(model.named_modules())
+        with torch.no_grad():
+            state = {n: t for n, t in model.state_dict().items() if "parametrizations" not in n}
+            plain.load_state_dict(state, strict=False)
+            for name, module in plain.named_modules():
+                if name in self.network.layers:
+                    module.weight.copy_(float_weight(trained[name]))
+        return CutNetwork(plain.eval(), scales)
+
+
+#: Trains (task, checkpoint to go on from) pairs; (number of the task, checkpoint) as they come.
+Player = Callable[
+    [Iterable[tuple[Task, Checkpoint | None]], Lesson], Iterator[tuple[int, Checkpoint]]
+]
+
+
+def in_process(
+    tasks: Iterable[tuple[Task, Checkpoint | None]], lesson: Lesson
+) -> Iterator[tuple[int, Checkpoint]]:
+    """One task after the other."""
+    for number, (task, resume) in enumerate(tasks):
+        for checkpoint in task.train(lesson, resume):
+            yield number, checkpoint
 
 
 def write_network(
@@ -145,59 +199,96 @@ def write_network(
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A ticket to play. `folder/<arm>.safetensors` become the arms' artifacts and
+    `folder/<arm>.checkpoint` their training, kept until `clear`."""
+
+    folder: Path
+    schedule: Schedule
+    starts: Mapping[str, CutNetwork]
+    key: str = ""
+
+    def checkpoint(self, arm: str) -> Path:
+        return self.folder / f"{arm}.checkpoint"
+
+    def clear(self) -> None:
+        for arm in ARMS:
+            self.checkpoint(arm).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
 class Arm:
     name: str
     model: nn.Module  # read back from the disk
     curve: list[dict[str, Any]]
 
 
-def play_arms(
-    folder: Path,
+def starts(
     schedule: Schedule,
     evaluator: Evaluator,
     ref: ModelRef,
     dense: nn.Module,
     rewind: nn.Module,
-    data: Split,
-    validation: Split,
-    recipe: Recipe,
-    *,
     seed: int,
-    key: str = "",
-    on_epoch: Callable[[str, int, dict[str, Any]], None] = lambda arm, epoch, row: None,
-) -> Iterator[Arm]:
-    """Plays every arm of a ticket; `folder/<arm>.safetensors` is its artifact.
+) -> dict[str, CutNetwork]:
+    """Where each arm begins, on the CPU.
 
     dense, rewind  the trained network and the one after k epochs;  evaluator  fits the
-    reconstruction;  seed  data order and, plus one, the fresh initialisation
+    reconstruction;  seed  plus one is the fresh initialisation's
     """
-    network, device = evaluator.network, next(dense.parameters()).device
+    network = evaluator.network
     kept = evaluator.kept(schedule)
-    fresh = ref.build(seed + 1).to(device)
-    reconstructed = fitted_network(dense, evaluator, schedule)
-    starts = {
-        "reconstructed": lambda: reconstructed,
-        "finetuned": lambda: reconstructed,
-        "rewind": lambda: cut_network(rewind, network, kept, schedule),
-        "fresh": lambda: cut_network(fresh, network, kept, schedule),
+    fresh = ref.build(seed + 1)
+    reconstructed = fitted_network(dense, evaluator, schedule).cpu()
+    return {
+        "reconstructed": reconstructed,
+        "finetuned": reconstructed,
+        "rewind": cut_network(rewind, network, kept, schedule).cpu(),
+        "fresh": cut_network(fresh, network, kept, schedule).cpu(),
     }
-    for name in ("finetuned", "rewind", "fresh", "reconstructed"):
-        small = starts[name]()
-        curve: list[dict[str, Any]] = []
-        if name != "reconstructed":
-            small, curve = retrain(
-                small,
-                network,
-                schedule,
-                data,
-                recipe,
-                seed=seed,
-                teacher=dense,
-                validation=validation,
-                checkpoint=folder / f"{name}.checkpoint",
-                key=f"{key}/{name}",
-                on_epoch=lambda epoch, row, arm=name: on_epoch(arm, epoch, row),  # type: ignore[misc]
-            )
-        path = folder / f"{name}.safetensors"
-        write_network(path, small, network, ref, schedule)
-        yield Arm(name, load_artifact(path, trust=[ref.factory]), curve)
+
+
+def play_arms(
+    plans: Iterable[Plan],
+    network: Network,
+    ref: ModelRef,
+    lesson: Lesson,
+    *,
+    player: Player = in_process,
+    on_epoch: Callable[[Plan, str, Checkpoint], None] = lambda plan, arm, checkpoint: None,
+) -> Iterator[tuple[Plan, Arm]]:
+    """Plays every arm of every plan, as they end. What an earlier call left unfinished in the
+    plans' folders goes on."""
+    last = lesson.recipe.epochs
+    queue: list[tuple[Plan, str, Task]] = []
+    ready: list[tuple[Plan, str, CutNetwork, list[dict[str, Any]]]] = []
+
+    def tasks() -> Iterator[tuple[Task, Checkpoint | None]]:
+        for plan in plans:
+            for arm in ARMS:
+                task = Task(plan.starts[arm], network, plan.schedule)
+                resume = Checkpoint.load(plan.checkpoint(arm), plan.key)
+                if arm == UNTRAINED or last == 0:
+                    ready.append((plan, arm, copy.deepcopy(task.start), []))
+                elif resume is not None and resume.epoch == last:
+                    on_epoch(plan, arm, resume)
+                    ready.append((plan, arm, task.result(resume), resume.curve))
+                else:
+                    queue.append((plan, arm, task))
+                    yield task, resume
+
+    def written() -> Iterator[tuple[Plan, Arm]]:
+        while ready:
+            plan, arm, small, curve = ready.pop(0)
+            path = plan.folder / f"{arm}.safetensors"
+            write_network(path, small, network, ref, plan.schedule)
+            yield plan, Arm(arm, load_artifact(path, trust=[ref.factory]), curve)
+
+    for number, checkpoint in player(tasks(), lesson):
+        plan, arm, task = queue[number]
+        checkpoint.save(plan.checkpoint(arm), plan.key)
+        on_epoch(plan, arm, checkpoint)
+        if checkpoint.epoch == last:
+            ready.append((plan, arm, task.result(checkpoint), checkpoint.curve))
+        yield from written()
+    yield from written()

@@ -68,49 +68,61 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-class _Checkpoint:
-    def __init__(self, path: Path | None, key: str) -> None:
-        self.path, self.key = path, key
+@dataclass(frozen=True)
+class Checkpoint:
+    """Training after `epoch` epochs. The tensors (`model.*`, `momentum.*`) are the live ones:
+    they change with the next epoch."""
 
-    def load(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[int, list[dict[str, Any]]]:
-        if self.path is None or not self.path.exists():
-            return 0, []
-        tensors, metadata = load_tensors(self.path)
-        if metadata.get("key") != self.key:
-            return 0, []
-        model.load_state_dict(
-            {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        )
+    epoch: int
+    curve: list[dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
+
+    def save(self, path: Path, key: str) -> None:
+        save_tensors(path, self.tensors, key=key, epoch=self.epoch, curve=self.curve)
+
+    @staticmethod
+    def load(path: Path, key: str) -> Checkpoint | None:
+        """None without a file, or if it was saved under another key."""
+        if not path.exists():
+            return None
+        tensors, metadata = load_tensors(path)
+        if metadata.get("key") != key:
+            return None
+        return Checkpoint(int(metadata["epoch"]), list(metadata["curve"]), tensors)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {
+            n.removeprefix("model."): t for n, t in self.tensors.items() if n.startswith("model.")
+        }
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        model.load_state_dict(self.weights())
         for i, parameter in enumerate(_parameters(optimizer)):
-            if f"momentum.{i}" in tensors:
-                buffer = tensors[f"momentum.{i}"].to(parameter)
+            if f"momentum.{i}" in self.tensors:
+                buffer = self.tensors[f"momentum.{i}"].to(parameter)
                 optimizer.state[parameter]["momentum_buffer"] = buffer
-        return int(metadata["epoch"]), list(metadata["curve"])
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+    @staticmethod
+    def of(
         epoch: int,
         curve: list[dict[str, Any]],
-    ) -> None:
-        if self.path is None:
-            return
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> Checkpoint:
         tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
         for i, parameter in enumerate(_parameters(optimizer)):
             buffer = optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:
                 tensors[f"momentum.{i}"] = buffer
-        save_tensors(self.path, tensors, key=self.key, epoch=epoch, curve=curve)
-
-    def clear(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        return Checkpoint(epoch, list(curve), tensors)
 
 
-def train(
+def teach(teacher: nn.Module, data: Split) -> torch.Tensor:
+    """The teacher's log-probabilities (N, classes) on the CPU."""
+    return logits_of(teacher, data).log_softmax(1)
+
+
+def epochs(
     model: nn.Module,
     data: Split,
     recipe: Recipe,
@@ -118,15 +130,15 @@ def train(
     seed: int,
     validation: Split | None = None,
     teacher: nn.Module | None = None,
-    checkpoint: Path | None = None,
-    key: str = "",
-    on_epoch: Callable[[int, dict[str, Any]], None] = lambda epoch, row: None,
-) -> list[dict[str, Any]]:
-    """Trains `model` in place and leaves it in eval mode; returns the curve, a row an epoch:
-    `epoch`, `step`, `loss` (mean over the epoch), `validation_accuracy` (0-1, or None).
+    taught: torch.Tensor | None = None,
+    resume: Checkpoint | None = None,
+) -> Iterator[Checkpoint]:
+    """Trains `model` in place, from `resume` on; a checkpoint an epoch, with the model in eval
+    mode. Its curve has a row an epoch: `epoch`, `step`, `loss` (mean over the epoch),
+    `validation_accuracy` (0-1, or None).
 
-    `checkpoint` is written after every epoch and removed at the end; one with another `key`
-    is ignored. Raises UserError if the loss stops being finite.
+    With `recipe.distill`: `teacher` sees every augmented batch; without augmentation `taught`
+    (see `teach`) says the same for less. Raises UserError if the loss stops being finite.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
@@ -140,11 +152,18 @@ def train(
         nesterov=True,
         weight_decay=recipe.weight_decay,
     )
-    saved = _Checkpoint(checkpoint, key)
-    start, curve = saved.load(model, optimizer)
-    wanted = None
-    if recipe.distill and teacher is not None and not recipe.augment:
-        wanted = logits_of(teacher, data).log_softmax(1).to(device)
+    start, curve = 0, []
+    if resume is not None:
+        resume.restore(model, optimizer)
+        start, curve = resume.epoch, list(resume.curve)
+    if not recipe.distill:
+        teacher = taught = None
+    elif recipe.augment:
+        taught = None
+    elif taught is None and teacher is not None:
+        taught = teach(teacher, data)
+    if taught is not None:
+        taught = taught.to(device)
     steps = max(1, len(data) // recipe.batch_size)
     total = steps * recipe.epochs
     for epoch in range(start, recipe.epochs):
@@ -159,14 +178,15 @@ def train(
                 images = _augment(images, noise)
             logits = model(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-            if recipe.distill and teacher is not None:
-                if wanted is not None:
-                    taught = wanted[index]
-                else:
-                    with torch.no_grad():
-                        taught = teacher(images).log_softmax(1)
+            wanted = None
+            if taught is not None:
+                wanted = taught[index]
+            elif teacher is not None:
+                with torch.no_grad():
+                    wanted = teacher(images).log_softmax(1)
+            if wanted is not None:
                 distance = F.kl_div(
-                    logits.log_softmax(1), taught, log_target=True, reduction="batchmean"
+                    logits.log_softmax(1), wanted, log_target=True, reduction="batchmean"
                 )
                 loss = 0.5 * (loss + distance)
             for group in optimizer.param_groups:
@@ -182,18 +202,48 @@ def train(
                 f"training loss is {mean} in epoch {epoch + 1}; try a lower lr (now {recipe.lr})"
             )
         model.eval()
-        accuracy = None if validation is None else top1(model, validation)
         row = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * steps,
             "loss": mean,
-            "validation_accuracy": accuracy,
+            "validation_accuracy": None if validation is None else top1(model, validation),
         }
         curve.append(row)
-        saved.save(model, optimizer, epoch + 1, curve)
-        on_epoch(epoch + 1, row)
+        yield Checkpoint.of(epoch + 1, curve, model, optimizer)
     model.eval()
-    saved.clear()
+
+
+def train(
+    model: nn.Module,
+    data: Split,
+    recipe: Recipe,
+    *,
+    seed: int,
+    validation: Split | None = None,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    key: str = "",
+    on_epoch: Callable[[int, dict[str, Any]], None] = lambda epoch, row: None,
+) -> list[dict[str, Any]]:
+    """All `epochs` of a training; the curve. `checkpoint` is written after every epoch and
+    removed at the end; one with another `key` is ignored."""
+    resume = None if checkpoint is None else Checkpoint.load(checkpoint, key)
+    curve = [] if resume is None else resume.curve
+    for state in epochs(
+        model,
+        data,
+        recipe,
+        seed=seed,
+        validation=validation,
+        teacher=teacher,
+        resume=resume,
+    ):
+        curve = state.curve
+        if checkpoint is not None:
+            state.save(checkpoint, key)
+        on_epoch(state.epoch, curve[-1])
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return curve
 
 

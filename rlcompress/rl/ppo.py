@@ -8,7 +8,7 @@ are the trained policy's best guesses over the sizes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.cluster import share, start_ray
 from rlcompress.rl.environment import ENVIRONMENT, RECORDS, CollectRecords, make
 from rlcompress.rl.module import PolicyModule
+from rlcompress.schema import PPOSpec
 from rlcompress.searchers.base import Settings, targets
 
 #: Share of the evaluations for the untrained and for the trained policy's own schedules.
@@ -31,40 +32,17 @@ FIRST, LAST = 0.05, 0.15
 REGISTERED = "rlcompress-environment"
 
 
-@dataclass(frozen=True)
-class PPOSettings:
-    """How the policy is trained; the fields are those of the experiment's `ppo` section."""
-
-    num_env_runners: int = 2
-    num_envs_per_env_runner: int = 1
-    num_gpus_per_env_runner: float = 0.0
-    episodes_per_iteration: int = 16
-    epochs: int = 6
-    minibatch_size: int = 128
-    lr: float = 1e-3
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip: float = 0.2
-    entropy: float = 0.003
-    vf_coeff: float = 0.5
-    hidden: int = 64
-    temperature: float = 1.0
-    shaping: float = 1.0
-    kl_weight: float = 1.0
-    accuracy_weight: float = 0.1
-    address: str | None = None
-
-    def environment(self) -> dict[str, Any]:
-        """What the environment is told of these settings."""
-        names = ("kl_weight", "accuracy_weight", "shaping", "gamma", "temperature")
-        return {name: getattr(self, name) for name in names}
+def environment_options(ppo: PPOSpec) -> dict[str, Any]:
+    """What the environment is told of the settings."""
+    names = ("kl_weight", "accuracy_weight", "shaping", "gamma", "temperature")
+    return {name: getattr(ppo, name) for name in names}
 
 
 def config(
     bundle: Any,
     problem: Problem,
     settings: Settings,
-    ppo: PPOSettings,
+    ppo: PPOSpec,
     shape: PolicyShape,
     weights: dict[str, Any] | None,
     stream: int,
@@ -74,7 +52,7 @@ def config(
     runners = max(1, ppo.num_env_runners)
     per_runner = -(-ppo.episodes_per_iteration // (runners * ppo.num_envs_per_env_runner))
     fragment = per_runner * layers
-    env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **ppo.environment())
+    env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **environment_options(ppo))
     register_env(REGISTERED, make)
     return (
         PPOConfig()
@@ -84,7 +62,7 @@ def config(
                 "bundle": bundle,
                 "threads": 1 if ppo.num_env_runners else torch.get_num_threads(),
                 "seed": [settings.seed, stream],
-                "options": {"target": settings.target, **ppo.environment()},
+                "options": {"target": settings.target, **environment_options(ppo)},
             },
             observation_space=env.observation_space,
             action_space=env.action_space,
@@ -139,7 +117,7 @@ def search(
     settings: Settings,
     history: Sequence[Record],
     *,
-    ppo: PPOSettings,
+    ppo: PPOSpec,
     folder: Path,
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[Record]:
@@ -149,7 +127,7 @@ def search(
     on_iteration  gets a row of the learning curve: evaluation, mean_return, entropy, loss
     """
     problem.require_reachable(settings.target)
-    env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **ppo.environment())
+    env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **environment_options(ppo))
     shape = _shape(env, ppo.hidden)
     total, count = settings.evaluations, len(history)
     first = min(total, max(1, round(FIRST * total)))
@@ -190,7 +168,7 @@ def search(
                     if count < total - last:
                         yield record(info)
                 policy = _trained(algorithm, shape)
-                about = {"evaluations": count, "seed": settings.seed, **ppo.environment()}
+                about = {"evaluations": count, "seed": settings.seed, **environment_options(ppo)}
                 save_policy(folder, policy, about)
                 if rows:
                     on_iteration(_curve_row(result, rows, count))

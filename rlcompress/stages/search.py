@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -102,8 +100,7 @@ def _records(
     e = run.experiment.ppo
     if name != "ppo":
         measure = searchers.in_process(run.problem)
-        # Workers, where Ray runs already or a cluster is named: starting it takes a while.
-        if e.num_env_runners and (e.address or "RAY_ADDRESS" in os.environ or _ray_runs()):
+        if run.has_workers():
             from rlcompress.rl import cluster, pool
 
             cluster.start_ray(e.address)
@@ -118,11 +115,7 @@ def _records(
         run.problem,
         settings,
         history,
-        ppo=ppo.PPOSettings(**e.model_dump()),
+        ppo=e,
         folder=run.folder / "search" / "policy",
         on_iteration=lambda row: curve.append(json.dumps(row)),
     )
-
-
-def _ray_runs() -> bool:
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())

@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import save_json
 from rlcompress.core.pareto import archive_front
-from rlcompress.core.schedule import Measurement, Record, Schedule
-from rlcompress.core.ticket import Arm, play_arms
-from rlcompress.core.train import Recipe, logits_of, measure
+from rlcompress.core.schedule import Record, Schedule
+from rlcompress.core.ticket import (
+    ARMS,
+    Arm,
+    Lesson,
+    Plan,
+    Player,
+    in_process,
+    play_arms,
+    starts,
+)
+from rlcompress.core.train import Checkpoint, Recipe, logits_of, measure
 from rlcompress.live import console, stage
 from rlcompress.report.card import model_card
 from rlcompress.stages.workspace import Workspace
@@ -42,27 +54,60 @@ def winners(run: Workspace, records: list[Record]) -> list[Record]:
 
 def make_tickets(run: Workspace) -> list[dict[str, Any]]:
     """Retrains the winners with all their controls; the tickets."""
+    e, t = run.experiment, run.experiment.ticket
     records = run.archive()
     if not records:
         raise UserError(f"{run.folder}: nothing searched yet; rlcompress search {run.name}")
     for path in sorted((run.folder / "tickets").glob("*/ticket.json")):
         if json.loads(path.read_text())["inputs"] != run.ticket_inputs():
             run.set_aside(path.parent)
+    wanted = {}
     for record in winners(run, records):
         folder = run.folder / "tickets" / f"{record.searcher}-{record.schedule.digest()}"
         if not (folder / "ticket.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _play(run, record, folder)
+            wanted[folder] = record
+    if not wanted:
+        return run.tickets()
+
+    dense = run.network("trained").to(run.device)
+    recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=t.distill)
+    lesson = Lesson.of(run.data.train, run.splits[1], recipe, e.seed, dense, e.device)
+    evaluator = _evaluator(run, dense)
+    epochs: dict[tuple[Path, str], int] = {}
+    with stage("tickets", len(wanted) * (len(ARMS) - 1) * t.epochs) as shown:
+
+        def on_epoch(plan: Plan, arm: str, checkpoint: Checkpoint) -> None:
+            epochs[plan.folder, arm] = checkpoint.epoch
+            accuracy = checkpoint.curve[-1]["validation_accuracy"]
+            searcher = wanted[plan.folder].searcher
+            shown.update(sum(epochs.values()), f"{searcher} {arm}  validation {accuracy:.1%}")
+
+        played: dict[Path, dict[str, Arm]] = {folder: {} for folder in wanted}
+        for plan, arm in play_arms(
+            _plans(run, wanted, evaluator, dense),
+            evaluator.network,
+            run.ref,
+            lesson,
+            player=_player(run),
+            on_epoch=on_epoch,
+        ):
+            arms = played[plan.folder]
+            arms[arm.name] = arm
+            if len(arms) == len(ARMS):
+                _judge(run, wanted[plan.folder], plan.folder, arms, dense, evaluator)
+                plan.clear()
+                # Their networks are on the disk.
+                arms.clear()
     return run.tickets()
 
 
-def _play(run: Workspace, record: Record, folder: Path) -> None:
-    e, t = run.experiment, run.experiment.ticket
-    selection = run.splits[1]
-    dense = run.network("trained").to(run.device)
-    fit = run.data.train.sample(t.fit_images, e.seed)
+def _evaluator(run: Workspace, dense: nn.Module) -> Evaluator:
+    """Fits reconstructions on more images than the search's."""
+    e = run.experiment
+    fit = run.data.train.sample(e.ticket.fit_images, e.seed)
     score = run.splits[0]
-    evaluator = Evaluator(
+    return Evaluator(
         dense,
         run.problem.network,
         fit.images().to(run.device),
@@ -74,35 +119,42 @@ def _play(run: Workspace, record: Record, folder: Path) -> None:
         cache_bytes=0,
         seed=e.seed,
     )
-    recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=t.distill)
-    arms: dict[str, Arm] = {}
+
+
+def _plans(
+    run: Workspace, wanted: dict[Path, Record], evaluator: Evaluator, dense: nn.Module
+) -> Iterator[Plan]:
+    rewind = run.network("rewind").to(run.device)
+    for folder, record in wanted.items():
+        begin = starts(record.schedule, evaluator, run.ref, dense, rewind, run.experiment.seed)
+        yield Plan(
+            folder, record.schedule, begin, f"{run.ticket_inputs()}/{record.schedule.digest()}"
+        )
+
+
+def _player(run: Workspace) -> Player:
+    ppo = run.experiment.ppo
+    if not run.has_workers():
+        return in_process
+    from rlcompress.rl import arms, cluster
+
+    cluster.start_ray(ppo.address)
+    return arms.player(num_gpus=ppo.num_gpus_per_env_runner)
+
+
+def _judge(
+    run: Workspace,
+    record: Record,
+    folder: Path,
+    arms: dict[str, Arm],
+    dense: nn.Module,
+    evaluator: Evaluator,
+) -> None:
+    """Chooses the arm to export by validation, tests all and writes the ticket."""
+    e, selection = run.experiment, run.splits[1]
     dense_logits = logits_of(dense, selection)
     cost = evaluator.costs.cost(record.schedule)
-    chosen: dict[str, Measurement] = {}
-    with stage(f"ticket {record.searcher}", 3 * t.epochs) as shown:
-        finished = 0
-
-        def on_epoch(arm: str, epoch: int, row: dict[str, Any]) -> None:
-            accuracy = row["validation_accuracy"]
-            shown.update(finished + epoch, f"{arm}  validation {accuracy:.1%}")
-
-        for arm in play_arms(
-            folder,
-            record.schedule,
-            evaluator,
-            run.ref,
-            dense,
-            run.network("rewind").to(run.device),
-            run.data.train,
-            selection,
-            recipe,
-            seed=e.seed,
-            key=f"{run.ticket_inputs()}/{record.schedule.digest()}",
-            on_epoch=on_epoch,
-        ):
-            arms[arm.name] = arm
-            finished = t.epochs * len(arms)
-            chosen[arm.name] = measure(arm.model, selection, dense_logits, cost)
+    chosen = {name: measure(arms[name].model, selection, dense_logits, cost) for name in ARMS}
     best = max(chosen, key=lambda name: (chosen[name].accuracy, -chosen[name].kl))
     size = os.path.getsize(folder / f"{best}.safetensors")
     if size != cost.bytes:
@@ -111,9 +163,7 @@ def _play(run: Workspace, record: Record, folder: Path) -> None:
     # The only place that reads the test split.
     test_logits = logits_of(dense, run.data.test)
     dense_cost = evaluator.costs.cost(Schedule())
-    tested = {
-        name: measure(arm.model, run.data.test, test_logits, cost) for name, arm in arms.items()
-    }
+    tested = {name: measure(arms[name].model, run.data.test, test_logits, cost) for name in ARMS}
     content = {
         "id": folder.name,
         "searcher": record.searcher,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ class Workspace:
         torch.set_flush_denormal(True)
         torch.set_num_threads(experiment.threads or default_threads())
         self.device = pick_device(experiment.device)
+
+    def has_workers(self) -> bool:
+        """Whether Ray runs already or a cluster is named: starting it for a little work takes
+        longer than the work."""
+        ppo = self.experiment.ppo
+        ray = sys.modules.get("ray")
+        runs = ray is not None and bool(ray.is_initialized())
+        return bool(ppo.num_env_runners and (ppo.address or "RAY_ADDRESS" in os.environ or runs))
 
     def set_aside(self, path: Path) -> None:
         """Moves what was made from other options out of the way; nothing is deleted."""

@@ -10,7 +10,16 @@ import torch
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.quant import fake_quantize
 from rlcompress.core.schedule import Schedule
-from rlcompress.core.ticket import ARMS, cut_network, play_arms, retrain, write_network
+from rlcompress.core.ticket import (
+    ARMS,
+    Lesson,
+    Plan,
+    Task,
+    cut_network,
+    play_arms,
+    starts,
+    write_network,
+)
 from rlcompress.core.train import Recipe, logits_of, top1
 
 RECIPE = Recipe(epochs=1, batch_size=32, lr=0.02, distill=True)
@@ -29,18 +38,33 @@ def schedule(uniform, trained):
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory, trained, evaluator, schedule, data):
-    folder = tmp_path_factory.mktemp("arms")
+def lesson(trained, data):
+    train = data.train.sample(256, 0)
+    return Lesson.of(train, data.validation, RECIPE, 0, trained.model, "cpu")
+
+
+@pytest.fixture(scope="module")
+def begin(trained, evaluator, schedule):
     before = copy.deepcopy(trained.model.state_dict())
-    seen = []
-    arms = play_arms(
-        folder, schedule, evaluator, trained.ref, trained.model, trained.ref.build(0),
-        data.train.sample(256, 0), data.validation, RECIPE, seed=0,
-        on_epoch=lambda arm, epoch, row: seen.append((arm, epoch)),
-    )  # fmt: skip
-    found = {arm.name: arm for arm in arms}
+    dense, rewind = trained.model, trained.ref.build(0)
+    found = starts(schedule, evaluator, trained.ref, dense, rewind, seed=0)
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(tensor, before[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, trained, schedule, begin, lesson):
+    folder = tmp_path_factory.mktemp("arms")
+    seen = []
+    plan = Plan(folder, schedule, begin, "key")
+    arms = play_arms(
+        [plan], trained.network, trained.ref, lesson,
+        on_epoch=lambda plan, arm, checkpoint: seen.append((arm, checkpoint.epoch)),
+    )  # fmt: skip
+    found = {arm.name: arm for _, arm in arms}
+    assert plan.checkpoint("fresh").exists()
+    plan.clear()
     return folder, found, seen
 
 
@@ -76,14 +100,44 @@ def test_arms_start_from_different_weights(played, data):
     assert not torch.allclose(one, two)
 
 
-def test_retraining_learns_steps_and_leaves_its_start(trained, evaluator, schedule, data, tmp_path):
+def test_what_was_played_is_not_played_again(tmp_path, trained, schedule, begin, lesson, played):
+    """An interrupted play goes on arm by arm, and ends with the same files."""
+    plan, seen = Plan(tmp_path, schedule, begin, "key"), []
+
+    class InterruptedPlayError(Exception):
+        pass
+
+    def stop_at(arm):
+        def on_epoch(plan, name, checkpoint):
+            if name == arm:
+                raise InterruptedPlayError
+
+        return on_epoch
+
+    def play(on_epoch):
+        list(play_arms([plan], trained.network, trained.ref, lesson, on_epoch=on_epoch))
+
+    with pytest.raises(InterruptedPlayError):
+        play(stop_at("rewind"))
+    finished = {arm: plan.checkpoint(arm).stat().st_mtime_ns for arm in ("finetuned", "rewind")}
+    play(lambda plan, arm, checkpoint: seen.append(arm))
+    assert sorted(seen) == ["finetuned", "fresh", "rewind"]
+    for arm, when in finished.items():
+        assert plan.checkpoint(arm).stat().st_mtime_ns == when
+    for arm in ARMS:
+        undisturbed = (played[0] / f"{arm}.safetensors").read_bytes()
+        assert plan.folder.joinpath(f"{arm}.safetensors").read_bytes() == undisturbed
+
+
+def test_retraining_learns_steps_and_leaves_its_start(
+    trained, evaluator, schedule, lesson, data, tmp_path
+):
     network = trained.network
     start = cut_network(trained.model, network, evaluator.kept(schedule), schedule)
     before = copy.deepcopy(start.model.state_dict())
-    end, curve = retrain(
-        start, network, schedule, data.train.sample(256, 0), RECIPE,
-        seed=0, teacher=trained.model, validation=data.validation,
-    )  # fmt: skip
+    task = Task(start, network, schedule)
+    *_, last = task.train(lesson)
+    end, curve = task.result(last), last.curve
     assert {*end.model.state_dict()} == {*before}
     assert all(torch.equal(t, before[n]) for n, t in start.model.state_dict().items())
     assert {*end.scales} == {*start.scales} == {*network.layers} - {"classifier"}

@@ -8,8 +8,9 @@ import pytest
 from rlcompress.core.files import save_json
 from rlcompress.core.policy import Policy, PolicyShape, load_policy
 from rlcompress.core.schedule import Measurement
+from rlcompress.schema import PPOSpec
 from rlcompress.searchers import Settings
-from tests.toy import enumerate_schedules, toy_bundle
+from tests.toy import enumerate_schedules
 
 pytestmark = pytest.mark.ray
 ppo = pytest.importorskip("rlcompress.rl.ppo")
@@ -17,25 +18,14 @@ ppo = pytest.importorskip("rlcompress.rl.ppo")
 TARGET = 6.0
 
 
-@pytest.fixture(scope="module")
-def bundle():
-    return toy_bundle()
-
-
-@pytest.fixture(scope="module")
-def problem(bundle):
-    return bundle.problem()
-
-
 @pytest.mark.slow
 def test_finds_the_optimum_that_enumeration_knows(bundle, problem, tmp_path):
     """All 2,187 schedules are measured; the trained policy must come within 1 % of the best."""
-    settings = ppo.PPOSettings(
+    settings = PPOSpec(
         num_env_runners=0, episodes_per_iteration=64, lr=3e-3, epochs=8, entropy=0.01, temperature=3
     )
-    env = gym.make(
-        ppo.ENVIRONMENT, problem=problem, target=(TARGET, TARGET), **settings.environment()
-    )
+    options = ppo.environment_options(settings)
+    env = gym.make(ppo.ENVIRONMENT, problem=problem, target=(TARGET, TARGET), **options)
     quality = env.unwrapped.quality
     limit = problem.dense.bytes / TARGET
     best = max(quality(m) for _, m in enumerate_schedules(problem) if m.bytes <= limit)
@@ -55,7 +45,7 @@ def test_finds_the_optimum_that_enumeration_knows(bundle, problem, tmp_path):
 
 
 def test_workers_measure_what_the_driver_measures_and_the_search_goes_on(bundle, problem, tmp_path):
-    settings = ppo.PPOSettings(num_env_runners=1, episodes_per_iteration=8, epochs=1)
+    settings = PPOSpec(num_env_runners=1, episodes_per_iteration=8, epochs=1)
     budget = Settings(40, (4.0, 8.0), 0)
     rows: list[dict] = []
     records = []
