@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -147,17 +148,11 @@ class Tracker:
         self._log_metrics(self.parent_id, rows)
 
     @_clear
-    def log_ticket(
-        self, folder: Path, ticket: Plain, model: torch.nn.Module, example_input: torch.Tensor
-    ) -> None:
-        """Log a ticket as a child run: params, metrics, curves, files and the model.
+    def log_ticket(self, folder: Path, ticket: Plain) -> None:
+        """Log a ticket as a child run: params, metrics, curves and files.
 
-        folder         tickets/<id>; all its files become artifacts
-        ticket         the content of its ticket.json
-        example_input  (N, ...), N >= 1: what `model` takes; the logged graph takes any N
-
-        The model is logged as a pt2 graph, which loads without unpickling. Raises ValueError
-        if `model` exports only with a fixed batch size.
+        folder  tickets/<id>; all its files become artifacts
+        ticket  the content of its ticket.json
         """
         child = self._child(ticket)
         if "rlcompress.complete" in self.client.get_run(child).data.tags:
@@ -168,24 +163,26 @@ class Tracker:
         self._log_metrics(child, curves, _ticket_values(ticket))
         self.client.log_artifacts(child, str(folder))
         self.client.log_dict(child, ticket["schedule"], "schedule.json")
-        if self._logged_model(child) is None:
-            self._log_model(child, model, example_input)
         self.client.set_tag(child, "rlcompress.complete", "true")
         self.client.set_terminated(child, "FINISHED")
 
     @_clear
-    def register(self, ticket: Plain) -> str:
-        """Register the ticket's model as a version of rlcompress-<experiment>; the version.
+    def register(self, ticket: Plain, model: torch.nn.Module, example_input: torch.Tensor) -> str:
+        """Register a logged ticket's model as a version of rlcompress-<experiment>; the version.
 
+        example_input  (N, ...), N >= 1: what `model` takes; the logged graph takes any N
+
+        The model is logged as a pt2 graph, which loads without unpickling.
         The alias `champion` moves to it if there is none yet or if it is denser than the
         champion. Density counts at the accuracy floor only: a ticket that lost more than
         `FLOOR_MARGIN` never takes the alias from one that did not. Raises TrackingError if
-        `log_ticket` has not logged this ticket.
+        `log_ticket` has not logged this ticket, ValueError if `model` exports only with a
+        fixed batch size.
         """
         child = self._child(ticket)
-        model = self._logged_model(child)
-        if model is None:
-            raise self._error(f"no model of ticket {ticket['id']}: log_ticket comes first")
+        if "rlcompress.complete" not in self.client.get_run(child).data.tags:
+            raise self._error(f"ticket {ticket['id']} is not there: log_ticket comes first")
+        logged = self._logged_model(child) or self._log_model(child, model, example_input)
         measured = Measurement.from_dict(ticket["ticket"])
         at_floor = measured.accuracy >= ticket["dense"]["accuracy"] - FLOOR_MARGIN
         if not self.client.search_registered_models(f"name = '{self.name}'"):
@@ -198,8 +195,8 @@ class Tracker:
                 "rlcompress.density": repr(measured.density),
                 "rlcompress.at_floor": str(at_floor),
             }
-            source = model.artifact_location  # models:/<id> would be looked up at the global URI
-            ids = {"run_id": child, "model_id": model.model_id}
+            source = logged.artifact_location  # models:/<id> would be looked up at the global URI
+            ids = {"run_id": child, "model_id": logged.model_id}
             found = [self.client.create_model_version(self.name, source, tags=tags, **ids)]
         if self._beats_champion(at_floor, measured.density):
             self.client.set_registered_model_alias(self.name, "champion", found[0].version)
@@ -293,14 +290,14 @@ class Tracker:
                 self.client.delete_logged_model(logged.model_id)
         return ready
 
-    def _log_model(self, child: str, model: torch.nn.Module, example: torch.Tensor) -> None:
+    def _log_model(self, child: str, model: torch.nn.Module, example: torch.Tensor) -> LoggedModel:
         logged = self.client.create_logged_model(self.experiment_id, "model", child)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             _save_pt2(model, example, folder, Model(model_id=logged.model_id, run_id=child))
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.log_outputs(child, [LoggedModelOutput(logged.model_id, step=0)])
-        self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        return self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
     def _beats_champion(self, at_floor: bool, density: float) -> bool:
         aliases = self.client.get_registered_model(self.name).aliases
@@ -339,9 +336,20 @@ def _save_pt2(model: torch.nn.Module, example: torch.Tensor, folder: Path, about
         raise ValueError(f"{kind} exports only with a batch of 2: its forward fixes the batch size")
 
 
+def prepare(run: Path, uri: str | None = None) -> None:
+    """Does ahead what takes a new `Tracker` seconds: making the embedded database."""
+    if not (uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        _make_database(run.resolve() / "mlflow.db")
+
+
+_making = threading.Lock()
+
+
 def _make_database(path: Path) -> None:
     """Make MLflow's tables aside: killed half-way, MLflow could never open the file again."""
-    if not path.exists():
+    with _making:
+        if path.exists():
+            return
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="mlflow-") as scratch:
             mlflow.MlflowClient(f"sqlite:///{scratch}/made.db").search_experiments(max_results=1)
             os.replace(f"{scratch}/made.db", path)

@@ -53,6 +53,10 @@ def make_ticket(name: str, accuracy: float = 0.92, size: int = 50_000) -> dict[s
     }
 
 
+#: What `Net` takes.
+EXAMPLE = torch.zeros(1, 1, 8, 8)
+
+
 class Net(torch.nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -154,8 +158,8 @@ def test_everything_twice_adds_nothing(fresh: Path, capfd: pytest.CaptureFixture
         tracker = open_tracker(run)
         tracker.log_dense(dense)
         tracker.log_archive([record("ppo", e, 0.9, 90_000) for e in (1, 2)])
-        tracker.log_ticket(folder, ticket, Net(), torch.zeros(1, 1, 8, 8))
-        assert tracker.register(ticket) == "1"
+        tracker.log_ticket(folder, ticket)
+        assert tracker.register(ticket, Net(), EXAMPLE) == "1"
         tracker.log_figures(report)
         tracker.finish()
         return tracker
@@ -181,7 +185,7 @@ def test_everything_twice_adds_nothing(fresh: Path, capfd: pytest.CaptureFixture
 
 def test_ticket_is_a_child_run_with_its_controls_and_files(run: Path) -> None:
     tracker, ticket = open_tracker(run), make_ticket("t1")
-    tracker.log_ticket(write_ticket(run, ticket), ticket, Net(), torch.zeros(1, 1, 8, 8))
+    tracker.log_ticket(write_ticket(run, ticket), ticket)
     (child,) = tracker.client.search_runs(
         [tracker.experiment_id], f"tags.mlflow.parentRunId = '{tracker.parent_id}'"
     )
@@ -236,8 +240,8 @@ def test_champion_loads_with_any_batch_and_without_pickle(
     tracker, ticket, net = open_tracker(run), make_ticket("t1"), Net()
     with torch.no_grad():
         net(torch.randn(16, 1, 8, 8))  # running statistics that differ from the batch's
-    tracker.log_ticket(write_ticket(run, ticket), ticket, net, torch.zeros(1, 1, 8, 8))
-    tracker.register(ticket)
+    tracker.log_ticket(write_ticket(run, ticket), ticket)
+    tracker.register(ticket, net, EXAMPLE)
     assert net.training
     assert mlflow.active_run() is None
 
@@ -263,10 +267,10 @@ def test_a_fixed_batch_size_is_refused(run: Path) -> None:
             return x.flatten(1) + torch.zeros(2, 1).expand(int(x.shape[0]), 64)
 
     tracker, ticket = open_tracker(run), make_ticket("t1")
+    tracker.log_ticket(write_ticket(run, ticket), ticket)
     with pytest.raises(ValueError, match="batch"):
-        tracker.log_ticket(write_ticket(run, ticket), ticket, Fixed(), torch.zeros(4, 1, 8, 8))
-    tracker.log_ticket(write_ticket(run, ticket), ticket, Net(), torch.zeros(4, 1, 8, 8))
-    assert tracker.register(ticket) == "1"
+        tracker.register(ticket, Fixed(), torch.zeros(4, 1, 8, 8))
+    assert tracker.register(ticket, Net(), torch.zeros(4, 1, 8, 8)) == "1"
     (model,) = tracker.client.search_logged_models([tracker.experiment_id])
     assert model.status == "READY"
 
@@ -276,8 +280,8 @@ def test_champion_is_the_densest_at_the_floor(run: Path) -> None:
     tracker = open_tracker(run)
 
     def champion_after(ticket: dict[str, Any]) -> str:
-        tracker.log_ticket(write_ticket(run, ticket), ticket, Net(), torch.zeros(1, 1, 8, 8))
-        tracker.register(ticket)
+        tracker.log_ticket(write_ticket(run, ticket), ticket)
+        tracker.register(ticket, Net(), EXAMPLE)
         version = tracker.client.get_model_version_by_alias(tracker.name, "champion")
         return version.tags["rlcompress.ticket"]
 
@@ -291,13 +295,13 @@ def test_champion_is_the_densest_at_the_floor(run: Path) -> None:
 
 def test_register_needs_the_logged_ticket(run: Path) -> None:
     with pytest.raises(TrackingError, match="log_ticket"):
-        open_tracker(run).register(make_ticket("t1"))
+        open_tracker(run).register(make_ticket("t1"), Net(), EXAMPLE)
 
 
 def test_finish_ends_cut_short_children_and_a_new_tracker_reopens(run: Path) -> None:
     tracker = open_tracker(run)
     with pytest.raises(TrackingError):
-        tracker.register(make_ticket("t1"))
+        tracker.register(make_ticket("t1"), Net(), EXAMPLE)
     tracker.finish("KILLED")
     status = {r.info.status for r in tracker.client.search_runs([tracker.experiment_id])}
     assert status == {"KILLED", "FAILED"}

@@ -2,7 +2,8 @@
 
 All are torchvision's architectures with three arguments added where small images need them:
 `width` (multiplier of every channel count), `stem_stride` (stride of the first convolution)
-and `in_channels`.
+and `in_channels`. torchvision takes seconds to import, in every process: only the networks that
+are taken from it load it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torchvision.models import mobilenetv2 as tv_mobilenetv2
-from torchvision.models import resnet as tv_resnet
-from torchvision.models import vgg as tv_vgg
 
 from rlcompress.core.errors import UserError
+
+#: Output channels of VGG-19's convolutions (Simonyan & Zisserman, 2015, table 1, column E); M is
+#: a pooling.
+VGG19 = (
+    *(64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M"),
+    *(512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
+)
 
 
 class VGG(nn.Module):
@@ -61,23 +66,28 @@ def vgg19(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
 ) -> nn.Module:
     """VGG-19-BN at `width` times torchvision's channels."""
-    plan = [c if isinstance(c, str) else max(1, round(c * width)) for c in tv_vgg.cfgs["E"]]
-    features = tv_vgg.make_layers(plan, batch_norm=True)
-    features[0] = _replace_stem(cast(nn.Conv2d, features[0]), in_channels, stem_stride)
-    channels = [c for c in plan if isinstance(c, int)][-1]
-    for module in features:
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    return VGG(features, channels, num_classes)
+    features: list[nn.Module] = []
+    channels, stride = in_channels, stem_stride
+    for out in VGG19:
+        if isinstance(out, str):
+            features.append(nn.MaxPool2d(2, 2))
+            continue
+        before, channels = channels, max(1, round(out * width))
+        conv = nn.Conv2d(before, channels, 3, stride=stride, padding=1)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(cast(nn.Parameter, conv.bias))
+        features += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        stride = 1
+    return VGG(nn.Sequential(*features), channels, num_classes)
 
 
 def mobilenetv2(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
 ) -> nn.Module:
     """torchvision's MobileNetV2 (Sandler et al., 2018) at `width`."""
-    model = tv_mobilenetv2.MobileNetV2(num_classes=num_classes, width_mult=width)
+    from torchvision.models.mobilenetv2 import MobileNetV2
+
+    model = MobileNetV2(num_classes=num_classes, width_mult=width)
     stem = cast(nn.Sequential, model.features[0])
     stem[0] = _replace_stem(cast(nn.Conv2d, stem[0]), in_channels, stem_stride)
     return model
@@ -85,7 +95,9 @@ def mobilenetv2(
 
 def resnet18(num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1) -> nn.Module:
     """torchvision's ResNet-18 (He et al., 2016); at stem stride 1 without the first pooling."""
-    model = tv_resnet.resnet18(num_classes=num_classes)
+    from torchvision.models.resnet import resnet18 as whole
+
+    model = whole(num_classes=num_classes)
     model.conv1 = _replace_stem(model.conv1, in_channels, stem_stride)
     if stem_stride == 1:
         model.maxpool = nn.Identity()  # type: ignore[assignment]

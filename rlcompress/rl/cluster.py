@@ -9,15 +9,17 @@ from typing import Any
 import ray
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.problem import Bundle
+from rlcompress.core.problem import Bundle, Problem
 
 OBJECT_STORE_BYTES = 2**30
 
 _shared: dict[int, tuple[Bundle, Any]] = {}
+_problems: dict[str, Problem] = {}
 
 
-def start_ray(address: str | None) -> None:
-    """Connects to `address` or RAY_ADDRESS, else starts Ray on this machine, quietly.
+def start_ray(address: str | None, workers: int) -> None:
+    """Connects to `address` or RAY_ADDRESS, else starts Ray on this machine, quietly, with room
+    for `workers` processes that have imported all they need by the time they are asked for.
 
     Raises UserError if a cluster is named and cannot be reached.
     """
@@ -34,23 +36,18 @@ def start_ray(address: str | None) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Workers on this machine use this very environment: no second `uv run` for each.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        # Torch and RLlib take a process ten seconds, which dense training can hide.
+        os.environ.setdefault("RAY_preload_python_modules", "rlcompress.rl.ppo")
         # "local": never join the dying remains of a run that was killed.
-        ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        ray.init(
+            "local",
+            num_cpus=max(1, workers),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@ray.remote(num_cpus=1)
-def _import() -> None:
-    import rlcompress.rl.ppo  # noqa: F401
-
-
-def warm_up(address: str | None, workers: int) -> None:
-    """Starts Ray and lets `workers` of its processes import what they will need: torch and
-    RLlib take them ten seconds, which dense training can hide."""
-    start_ray(address)
-    for _ in range(workers):
-        _import.remote()
 
 
 def share(bundle: Bundle) -> Any:
@@ -59,3 +56,13 @@ def share(bundle: Bundle) -> Any:
         _shared.clear()
         _shared[id(bundle)] = (bundle, ray.put(bundle))
     return _shared[id(bundle)][1]
+
+
+def problem_of(reference: Any) -> Problem:
+    """The problem that this process has built of a shared bundle, or builds now. It keeps only
+    one: the evaluator's cache is bounded, a list of evaluators is not."""
+    key = reference.hex()
+    if key not in _problems:
+        _problems.clear()
+        _problems[key] = ray.get(reference).problem()
+    return _problems[key]

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
-import ray
 import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
-from rlcompress.core.problem import Bundle, Problem
+from rlcompress.rl.cluster import problem_of
 
 ENVIRONMENT = "envs:rlcompress/Compression-v0"
 RECORDS = "records"
 
-_problems: dict[str, Problem] = {}
 _instances = itertools.count()
-
-
-def problem_of(key: str, bundle: Callable[[], Bundle]) -> Problem:
-    """The problem that this process has built for `key`, or builds now. It keeps only one: the
-    evaluator's cache is bounded, a list of evaluators is not."""
-    if key not in _problems:
-        _problems.clear()
-        _problems[key] = bundle().problem()
-    return _problems[key]
 
 
 def make(context: Any) -> gym.Env[Any, Any]:
@@ -41,8 +29,7 @@ def make(context: Any) -> gym.Env[Any, Any]:
     the same experiment finds the same schedules with 0 and with 1 remote runner.
     """
     torch.set_num_threads(context["threads"])
-    reference = context["bundle"]
-    problem = problem_of(reference.hex(), lambda: ray.get(reference))
+    problem = problem_of(context["bundle"])
     runner = max(1, context.worker_index)
     seed = [*context["seed"], runner, next(_instances)]
     return gym.make(ENVIRONMENT, problem=problem, seed=seed, **context["options"])

@@ -1,42 +1,76 @@
-"""Measures the schedules of open-loop searchers on Ray, in order, a few in flight."""
+"""Plays what needs no gradient on Ray: the schedules of open-loop searchers and a policy's own
+episodes. In order, a few in flight."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import ray
 import torch
 
+from rlcompress.core.policy import Policy
 from rlcompress.core.problem import Bundle
 from rlcompress.core.schedule import Measurement, Schedule
-from rlcompress.rl.cluster import share
-from rlcompress.rl.environment import problem_of
+from rlcompress.rl.cluster import problem_of, share
 
 
-@ray.remote
-def _measure(bundle: Bundle, key: str, schedule: str) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    problem = problem_of(key, lambda: bundle)
-    return problem.evaluator.evaluate(Schedule.from_json(schedule)).to_dict()
+@dataclass(frozen=True)
+class Pool:
+    """`workers` tasks at a time on a started Ray."""
 
+    bundle: Bundle
+    workers: int
+    num_gpus: float = 0.0
 
-def measurer(
-    bundle: Bundle, *, workers: int, num_gpus: float = 0.0
-) -> Callable[[Iterable[Schedule]], Iterator[Measurement]]:
-    """A function that measures schedules on `workers` Ray tasks at a time and gives their
-    measurements in the order of the schedules. Needs a started Ray."""
-    reference = share(bundle)
-    remote = _measure.options(num_cpus=1, num_gpus=num_gpus)
+    def measure(self, schedules: Iterable[Schedule]) -> Iterator[Measurement]:
+        """The measurements of the schedules, in their order."""
+        texts = (schedule.to_json() for schedule in schedules)
+        return map(Measurement.from_dict, self._map(_measure, ((text,) for text in texts)))
 
-    def measure(schedules: Iterable[Schedule]) -> Iterator[Measurement]:
+    def play(
+        self, policy: Policy, environment: str, options: Mapping[str, Any], targets: Iterable[float]
+    ) -> Iterator[dict[str, Any]]:
+        """`greedy` episodes at the targets; see there."""
+        shared = ray.put(policy)
+        calls = ((shared, environment, dict(options), target) for target in targets)
+        return self._map(_play, calls)
+
+    def _map(
+        self, task: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
+    ) -> Iterator[dict[str, Any]]:
+        reference = share(self.bundle)
+        remote = ray.remote(num_cpus=1, num_gpus=self.num_gpus)(task)
         waiting: deque[Any] = deque()
-        for schedule in schedules:
-            waiting.append(remote.remote(reference, reference.hex(), schedule.to_json()))
-            if len(waiting) > 2 * workers:
-                yield Measurement.from_dict(ray.get(waiting.popleft()))
+        for arguments in calls:
+            # In a list: an object reference of its own would arrive as the object.
+            waiting.append(remote.remote([reference], *arguments))
+            if len(waiting) > 2 * self.workers:
+                yield ray.get(waiting.popleft())
         while waiting:
-            yield Measurement.from_dict(ray.get(waiting.popleft()))
+            yield ray.get(waiting.popleft())
 
-    return measure
+
+def greedy(policy: Policy, env: gym.Env[Any, Any], target: float) -> dict[str, Any]:
+    """One episode of the policy's most probable actions; the last step's info."""
+    observation, _ = env.reset(options={"target": target})
+    while True:
+        observation, _, done, _, info = env.step(policy.best_action(observation))
+        if done:
+            return info
+
+
+def _measure(bundle: list[Any], schedule: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return problem_of(bundle[0]).evaluator.evaluate(Schedule.from_json(schedule)).to_dict()
+
+
+def _play(
+    bundle: list[Any], policy: Policy, environment: str, options: dict[str, Any], target: float
+) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    env = gym.make(environment, problem=problem_of(bundle[0]), **options)
+    return greedy(policy, env, target)

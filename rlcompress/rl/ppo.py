@@ -24,6 +24,7 @@ from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.cluster import share, start_ray
 from rlcompress.rl.environment import ENVIRONMENT, RECORDS, CollectRecords, make
 from rlcompress.rl.module import PolicyModule
+from rlcompress.rl.pool import Pool, greedy
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers.base import Settings, targets
 
@@ -102,15 +103,6 @@ def config(
     )
 
 
-def greedy(policy: Policy, env: gym.Env[Any, Any], target: float) -> dict[str, Any]:
-    """One episode of the policy's most probable actions; the last step's info."""
-    observation, _ = env.reset(options={"target": target})
-    while True:
-        observation, _, done, _, info = env.step(policy.best_action(observation))
-        if done:
-            return info
-
-
 def search(
     bundle: Bundle,
     problem: Problem,
@@ -153,7 +145,7 @@ def search(
         yield record(greedy(Policy(shape), env, targets(settings, first)[count]))
 
     if count < total - last:
-        start_ray(ppo.address)
+        start_ray(ppo.address, ppo.num_env_runners)
         reference = share(bundle)
         weights = {n: t.numpy() for n, t in policy.state_dict().items()} if resumed else None
         algorithm = config(
@@ -175,9 +167,14 @@ def search(
         finally:
             algorithm.stop()
     policy.eval()
-    begin = total - last
-    while count < total:
-        yield record(greedy(policy, env, targets(settings, last)[count - begin]))
+    wanted = targets(settings, last)[count - (total - last) :]
+    if ppo.num_env_runners and wanted:
+        start_ray(ppo.address, ppo.num_env_runners)
+        pool = Pool(bundle, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
+        options = {"target": settings.target, **environment_options(ppo)}
+        yield from map(record, pool.play(policy, ENVIRONMENT, options, wanted))
+    else:
+        yield from (record(greedy(policy, env, target)) for target in wanted)
 
 
 def _shape(env: gym.Env[Any, Any], hidden: int) -> PolicyShape:

@@ -7,14 +7,14 @@ deleted.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlcompress.core.errors import UserError
 from rlcompress.live import console, noise_to
-from rlcompress.report.page import write_report
 from rlcompress.spec import Experiment
 from rlcompress.stages.check import check
 from rlcompress.stages.deliver import export, last_lines, track, tracked
@@ -27,20 +27,34 @@ __all__ = ["Run", "Workspace"]
 
 
 def _prepare(run: Workspace) -> None:
-    """Ray and MLflow take many seconds to start and import; dense training hides it."""
-    if (run.folder / "tracked.json").exists():
+    """Ray takes many seconds to start and RLlib to import; dense training hides it."""
+    ppo, search = run.experiment.ppo, run.experiment.search
+    if (run.folder / "tracked.json").exists() or "ppo" not in (search.searcher, *search.baselines):
         return
-    modules = ["rlcompress.tracking"]
-    ppo = run.experiment.ppo
-    if "ppo" in (run.experiment.search.searcher, *run.experiment.search.baselines):
-        modules.insert(0, "rlcompress.rl.ppo")
-        if ppo.num_env_runners:
-            # In this thread: Ray's processes die with the thread that started them.
-            cluster = importlib.import_module("rlcompress.rl.cluster")
-            cluster.warm_up(ppo.address, min(ppo.num_env_runners, os.cpu_count() or 1))
+    if ppo.num_env_runners:
+        # In this thread: Ray's processes die with the thread that started them.
+        importlib.import_module("rlcompress.rl.cluster").start_ray(ppo.address, ppo.num_env_runners)
     threading.Thread(
-        target=lambda: [importlib.import_module(name) for name in modules], daemon=True
+        target=importlib.import_module, args=["rlcompress.rl.ppo"], daemon=True
     ).start()
+
+
+@contextlib.contextmanager
+def _ahead(run: Workspace) -> Iterator[None]:
+    """Meanwhile imports MLflow and makes its database: that takes many seconds too. An error
+    there is not ours: who needs MLflow in earnest meets it again."""
+
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            tracking = importlib.import_module("rlcompress.tracking")
+            tracking.prepare(run.folder, run.experiment.tracking.uri)
+
+    thread = threading.Thread(target=work, daemon=True)
+    if not (run.folder / "tracked.json").exists():
+        thread.start()
+    yield
+    if thread.is_alive():
+        thread.join()
 
 
 class Run:
@@ -66,20 +80,25 @@ class Run:
         w = self.workspace
         w.begin()
         with noise_to(w.log()):
-            make_tickets(w)
+            for _ in make_tickets(w):
+                pass
         last_lines(w)
 
     def export(self) -> None:
         w = self.workspace
         with noise_to(w.log()):
-            paths = export(w)
-        for path in paths:
-            console.print(path)
+            tickets = w.tickets()
+            if not tickets:
+                raise UserError(f"{w.folder}: no ticket yet; rlcompress ticket {w.name}")
+            for path in [path for ticket in tickets for path in export(w, ticket)]:
+                console.print(path)
 
     def report(self) -> None:
         w = self.workspace
         if not (w.folder / "search" / "archive.jsonl").exists():
             raise UserError(f"{w.folder}: nothing searched yet; rlcompress run {w.name}")
+        from rlcompress.report.page import write_report
+
         with noise_to(w.log()):
             page = write_report(w.folder)
         console.print(page)
@@ -93,8 +112,13 @@ class Run:
             _prepare(w)
             train_dense(w)
             search_all(w)
-            make_tickets(w)
-            if export(w) and not tracked(w):
+            with _ahead(w):
+                # Workers go on with the next ticket while one is exported.
+                for ticket in make_tickets(w):
+                    export(w, ticket)
+            if not tracked(w):
+                from rlcompress.report.page import write_report
+
                 write_report(w.folder)
                 track(w)
         last_lines(w)

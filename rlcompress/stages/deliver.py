@@ -15,27 +15,16 @@ from rlcompress.live import console
 from rlcompress.stages.workspace import Workspace
 
 
-def export(run: Workspace) -> list[Path]:
-    """ONNX beside every ticket's packed artifact, checked against it in onnxruntime; the paths.
-
-    Raises UserError if there is no ticket yet.
-    """
-    tickets = run.tickets()
-    if not tickets:
-        raise UserError(f"{run.folder}: no ticket yet; rlcompress ticket {run.name}")
-    paths = []
-    for ticket in tickets:
-        folder = run.folder / "tickets" / ticket["id"]
-        source, target = folder / "weights.safetensors", folder / "model.onnx"
-        paths.append(source)
-        if not run.experiment.export.onnx:
-            continue
-        paths.append(target)
-        if target.exists() and target.stat().st_mtime >= source.stat().st_mtime:
-            continue
+def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
+    """ONNX beside a ticket's packed artifact, checked against it in onnxruntime; the paths."""
+    folder = run.folder / "tickets" / ticket["id"]
+    source, target = folder / "weights.safetensors", folder / "model.onnx"
+    if not run.experiment.export.onnx:
+        return [source]
+    if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
         model = load_artifact(source, trust=[run.ref.factory])
         export_onnx(model, run.splits[1].images(slice(0, 8)), target)
-    return paths
+    return [source, target]
 
 
 def _state(run: Workspace) -> dict[str, Any]:
@@ -67,12 +56,12 @@ def track(run: Workspace) -> None:
         )
         tracker.log_dense(json.loads((run.folder / "dense" / "metrics.json").read_text()))
         tracker.log_archive(run.archive())
-        for i, ticket in enumerate(run.tickets()):
-            folder = run.folder / "tickets" / ticket["id"]
-            model = load_artifact(folder / "weights.safetensors", trust=[run.ref.factory])
-            tracker.log_ticket(folder, ticket, model, run.data.example())
-            if i == 0:
-                tracker.register(ticket)
+        tickets = run.tickets()
+        for ticket in tickets:
+            tracker.log_ticket(run.folder / "tickets" / ticket["id"], ticket)
+        best = run.folder / "tickets" / tickets[0]["id"] / "weights.safetensors"
+        model = load_artifact(best, trust=[run.ref.factory])
+        tracker.register(tickets[0], model, run.data.example())
         tracker.log_figures(run.folder / "report")
         tracker.finish()
         save_json(run.folder / "tracked.json", _state(run))

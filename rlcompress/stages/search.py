@@ -27,8 +27,8 @@ def search_all(run: Workspace) -> list[Record]:
     budgets = dict.fromkeys(e.search.baselines, e.search.baseline_evaluations or own)
     budgets[e.search.searcher] = own
     records = run.archive()
-    # Baselines first: they leave every worker with the problem built.
-    for name in dict.fromkeys([*e.search.baselines, e.search.searcher]):
+    # The searcher first: Ray's first workers, warm by now, can become PPO's actors.
+    for name in dict.fromkeys([e.search.searcher, *e.search.baselines]):
         finished = folder / f"{name}.done"
         mine = [r for r in records if r.searcher == name]
         if finished.exists() and int(finished.read_text()) >= budgets[name]:
@@ -103,10 +103,8 @@ def _records(
         if run.has_workers():
             from rlcompress.rl import cluster, pool
 
-            cluster.start_ray(e.address)
-            measure = pool.measurer(
-                run.bundle, workers=e.num_env_runners, num_gpus=e.num_gpus_per_env_runner
-            )
+            cluster.start_ray(e.address, e.num_env_runners)
+            measure = pool.Pool(run.bundle, e.num_env_runners, e.num_gpus_per_env_runner).measure
         return searchers.find(name)(run.problem, settings, history, measure)
     from rlcompress.rl import ppo
 

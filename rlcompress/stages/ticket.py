@@ -52,8 +52,9 @@ def winners(run: Workspace, records: list[Record]) -> list[Record]:
     return chosen
 
 
-def make_tickets(run: Workspace) -> list[dict[str, Any]]:
-    """Retrains the winners with all their controls; the tickets."""
+def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
+    """Retrains the winners with all their controls; the tickets, as they are written. Of those
+    that were there already nothing is done again."""
     e, t = run.experiment, run.experiment.ticket
     records = run.archive()
     if not records:
@@ -67,8 +68,9 @@ def make_tickets(run: Workspace) -> list[dict[str, Any]]:
         if not (folder / "ticket.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             wanted[folder] = record
+    yield from run.tickets()
     if not wanted:
-        return run.tickets()
+        return
 
     dense = run.network("trained").to(run.device)
     recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=t.distill)
@@ -95,11 +97,11 @@ def make_tickets(run: Workspace) -> list[dict[str, Any]]:
             arms = played[plan.folder]
             arms[arm.name] = arm
             if len(arms) == len(ARMS):
-                _judge(run, wanted[plan.folder], plan.folder, arms, dense, evaluator)
+                ticket = _judge(run, wanted[plan.folder], plan.folder, arms, dense, evaluator)
                 plan.clear()
                 # Their networks are on the disk.
                 arms.clear()
-    return run.tickets()
+                yield ticket
 
 
 def _evaluator(run: Workspace, dense: nn.Module) -> Evaluator:
@@ -138,7 +140,7 @@ def _player(run: Workspace) -> Player:
         return in_process
     from rlcompress.rl import arms, cluster
 
-    cluster.start_ray(ppo.address)
+    cluster.start_ray(ppo.address, ppo.num_env_runners)
     return arms.player(num_gpus=ppo.num_gpus_per_env_runner)
 
 
@@ -149,7 +151,7 @@ def _judge(
     arms: dict[str, Arm],
     dense: nn.Module,
     evaluator: Evaluator,
-) -> None:
+) -> dict[str, Any]:
     """Chooses the arm to export by validation, tests all and writes the ticket."""
     e, selection = run.experiment, run.splits[1]
     dense_logits = logits_of(dense, selection)
@@ -190,3 +192,4 @@ def _judge(
         model_card(content, run.name, e.model_dump(mode="json")), encoding="utf-8"
     )
     save_json(folder / "ticket.json", content)
+    return content

@@ -71,9 +71,9 @@ def test_workers_measure_what_the_driver_measures_and_the_search_goes_on(bundle,
 def test_the_pool_keeps_the_order(bundle, problem):
     from rlcompress.rl import cluster, pool
 
-    cluster.start_ray(None)
+    cluster.start_ray(None, 2)
     schedules = [problem.uniform(k, b) for k in problem.keeps for b in problem.bits]
-    measured = list(pool.measurer(bundle, workers=2)(schedules))
+    measured = list(pool.Pool(bundle, workers=2).measure(schedules))
     expected = [problem.evaluator.evaluate(s) for s in schedules]
     assert [m.bytes for m in measured] == [m.bytes for m in expected]
     assert [m.kl for m in measured] == pytest.approx([m.kl for m in expected], rel=1e-3, abs=1e-5)
