@@ -153,9 +153,11 @@ class SearchSpec(_Section):
     baselines: Annotated[tuple[Searcher, ...], Field(strict=False), AfterValidator(_distinct)] = (
         Field(("uniform",), description="searchers to compare with, on the same evaluator")
     )
-    evaluations: int = Field(200, ge=1, description="schedules the searcher may measure")
-    baseline_evaluations: int | None = Field(
-        None, ge=1, description="schedules each baseline may measure; null = evaluations"
+    episodes: int = Field(
+        200, ge=1, description="compression episodes: schedules the searcher may measure"
+    )
+    baseline_episodes: int | None = Field(
+        None, ge=1, description="schedules each baseline may measure; null = episodes"
     )
     target: Annotated[tuple[float, float], Field(strict=False), AfterValidator(_size_range)] = (
         Field((8.0, 40.0), description="[low, high] of dense bytes / artifact bytes, above 1")

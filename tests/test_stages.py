@@ -25,7 +25,7 @@ experiments:
     data: {factory: digits}
     dense: {epochs: 3, batch_size: 32}
     calibration: {fit_images: 64, score_images: 64, positions: 256, estimate_images: 32}
-    search: {searcher: knapsack, evaluations: 12, target: [6, 20], keeps: [1.0, 0.6, 0.3],
+    search: {searcher: knapsack, episodes: 12, target: [6, 20], keeps: [1.0, 0.6, 0.3],
              bits: [2, 4, 8]}
     ppo: {num_env_runners: 0, episodes_per_iteration: 8}
     ticket: {epochs: 2, batch_size: 32, lr: 0.05, fit_images: 128, floor: 3.0}
@@ -125,7 +125,7 @@ def test_the_same_command_again_changes_nothing(ran):
 def test_another_searcher_adds_to_the_archive(ran):
     run = ran[0] / "runs" / "tiny"
     before = (run / "search/archive.jsonl").read_text()
-    command(ran[0], "search", "tiny", "--searcher", "random", "--set", "search.evaluations=4")
+    command(ran[0], "search", "tiny", "--searcher", "random", "--set", "search.episodes=4")
     after = (run / "search/archive.jsonl").read_text()
     assert after.startswith(before)
     assert sum(r.searcher == "random" for r in read_archive(run / "search/archive.jsonl")) == 4
@@ -152,7 +152,7 @@ def test_a_target_out_of_reach_is_one_line(ran):
 @pytest.mark.ray
 def test_killed_in_the_middle_of_ppo_it_goes_on(tmp_path):
     """kill -9 while workers sample; the same command keeps every line and doubles none."""
-    text = EXPERIMENTS.replace("knapsack, evaluations: 12", "ppo, evaluations: 60")
+    text = EXPERIMENTS.replace("knapsack, episodes: 12", "ppo, episodes: 60")
     (tmp_path / "experiments.yaml").write_text(text.replace("runners: 0", "runners: 1"))
     archive = tmp_path / "runs/tiny/search/archive.jsonl"
     words = [sys.executable, "-m", "rlcompress", "search", "tiny", "--set", "search.baselines=[]"]
