@@ -92,19 +92,20 @@ def test_masked_weights_get_no_gradient_and_stay_behind_the_mask(vgg):
 
 
 def test_training_under_masks_is_training_of_the_cut(net, close):
-    """The same losses and the same network, epoch by epoch, through the one training loop."""
+    """The same loss and the same network through the one training loop, for a few steps: then
+    the rounding of two convolution sizes grows apart."""
     kept = first_channels(net.network, {n: g.channels // 2 for n, g in net.network.groups.items()})
     small, wide = cut(net.model, net.network, kept), masked(net.model, net.network, kept)
     for module in (*small.modules(), *wide.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # it would drop other channels in the wider network
     images = digits(net.ref.input_shape[-1]).train.sample(64, 0)
-    recipe = Recipe(epochs=2, batch_size=16, lr=1e-3)
-    curves = [train(model, images, recipe, seed=0) for model in (small, wide)]
-    losses = [[row["loss"] for row in curve] for curve in curves]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert losses[0][1] != losses[0][0]
-    close(net.out(wide), net.out(small), 0.02)
+    recipe = Recipe(epochs=1, batch_size=16, lr=1e-3)
+    before = net.out(small)
+    one, two = (train(model, images, recipe, seed=0)[0]["loss"] for model in (small, wide))
+    assert one == pytest.approx(two, rel=1e-3)
+    moved = float((net.out(small) - before).abs().max())
+    assert float((net.out(small) - net.out(wide)).abs().max()) < 0.05 * moved
 
 
 def test_quantizers_under_masks_give_the_gradients_of_the_cut(vgg, close):
