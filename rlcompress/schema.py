@@ -50,7 +50,7 @@ def did_you_mean(word: object, allowed: Sequence[str]) -> str:
 
 def _factory(names: Sequence[str]) -> AfterValidator:
     def check(value: str) -> str:
-        if value in names or re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", value):
+        if value in names or re.fullmatch(r"\w+(\.\w+)*:\w+", value):
             return value
         raise ValueError(
             f'must be one of {", ".join(names)}, or your own as "package.module:function"'

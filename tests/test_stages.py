@@ -80,7 +80,7 @@ def test_a_run_leaves_the_files_that_others_rely_on(ran):
         assert ticket["split"] == "test"
         arms = {ticket["arm"], *ticket["controls"]}
         assert arms == {"rewind", "finetuned", "reconstructed", "fresh"}
-        assert ticket["validation"][ticket["arm"]] == max(ticket["validation"].values())
+        assert ticket["validation"][ticket["arm"]] == max(ticket["validation"][a] for a in arms)
 
 
 def test_the_ticket_is_as_small_and_as_good_as_it_says(ran):
@@ -94,8 +94,16 @@ def test_the_ticket_is_as_small_and_as_good_as_it_says(ran):
 
 
 def test_the_last_lines_say_before_and_after(ran):
-    for words in ("dense", "ticket", "bytes on disk", "exported:", "uniform", "report"):
-        assert words in ran[1]
+    run = ran[0] / "runs" / "tiny"
+    tickets = [json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json")]
+    (best,) = [t for t in tickets if t["searcher"] == "knapsack"]
+    (row,) = [line for line in ran[1].splitlines() if line.startswith("bytes on disk")]
+    assert f"{best['dense']['bytes']:,}" in row
+    assert f"{best['ticket']['bytes']:,}" in row
+    assert f"{best['ratio']:.1f}x" in row
+    assert f"exported: {best['arm']} (best on validation)" in ran[1]
+    assert "uniform-" in ran[1]
+    assert "report/index.html" in ran[1]
 
 
 def test_the_champion_loads_by_the_documented_line(ran):
@@ -146,6 +154,55 @@ def test_a_target_out_of_reach_is_one_line(ran):
     assert done.returncode == 2
     assert "search.target = [6.0, 9000.0]: at most" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_ticket_is_not_made_of_another_experiments_search(ran):
+    run = ran[0] / "runs" / "tiny"
+    before = contents(run)
+    done = command(ran[0], "ticket", "tiny", "--set", "seed=1", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("rlcompress search tiny --set seed=1")
+    done = command(ran[0], "ticket", "tiny", "--searcher", "ppo", check=False)
+    assert done.returncode == 2
+    assert "ppo has measured nothing yet" in done.stderr
+    done = command(ran[0], "export", "tiny", "--out", "nowhere", check=False)
+    assert done.returncode == 2
+    assert not (ran[0] / "nowhere").exists()
+    assert contents(run) == before | {"spec.yaml": contents(run)["spec.yaml"]}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_killed_while_tickets_train_the_same_command_ends_the_run(tmp_path):
+    """PPO, Ray workers, two tickets; kill -9 when the first epochs of arms are on the disk."""
+    text = EXPERIMENTS.replace("knapsack, episodes: 12", "ppo, episodes: 24")
+    text = text.replace("runners: 0", "runners: 2").replace(
+        "episodes_per", "epochs: 2, episodes_per"
+    )
+    (tmp_path / "experiments.yaml").write_text(text)
+    run = tmp_path / "runs/tiny"
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "rlcompress", "run", "tiny"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while victim.poll() is None and len([*run.glob("tickets/*/*.checkpoint")]) < 2:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            victim.wait(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    kept = [*run.glob("tickets/*/*.checkpoint")]
+    assert len(kept) >= 2
+    archive = (run / "search/archive.jsonl").read_text()
+    command(tmp_path, "run", "tiny")
+    assert (run / "search/archive.jsonl").read_text() == archive
+    tickets = [json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json")]
+    assert {t["searcher"] for t in tickets} == {"ppo", "uniform"}
+    for ticket in tickets:
+        assert {len(curve) for curve in ticket["curves"].values()} == {2}
+    assert not [*run.glob("tickets/*/*.checkpoint")]
+    before = contents(run)
+    command(tmp_path, "run", "tiny")
+    assert contents(run) == before
 
 
 @pytest.mark.slow
