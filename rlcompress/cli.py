@@ -85,6 +85,10 @@ def _open(
 
     overrides = [*(sets or ()), *([f"search.searcher={searcher}"] if searcher else ())]
     experiment = spec.resolve(spec.load_experiments(file), name, overrides)
+    words = [] if file == FILE else ["--file", str(file)]
+    words += [word for text in sets or () for word in ("--set", text)]
+    words += ["--searcher", searcher] if searcher else []
+    words += ["--out", str(out)] if out else []
     folder = out or Path("runs") / name
     _check_folder(folder)
     if fresh:
@@ -92,7 +96,7 @@ def _open(
 
     from rlcompress import stages
 
-    return stages.Run(name, experiment, folder)
+    return stages.Run(name, experiment, folder, words)
 
 
 def _check_folder(folder: Path) -> None:
@@ -172,7 +176,7 @@ def check(name: Name, file: File = FILE, sets: Sets = None, out: Out = None) -> 
 
     \b
     rlcompress check quickstart
-    rlcompress check quickstart --set search.evaluations=50
+    rlcompress check quickstart --set search.episodes=50
     """
     _open(name, file, sets, out).check()
 
@@ -191,7 +195,7 @@ def run(
     \b
     rlcompress run quickstart
     rlcompress run quickstart --searcher knapsack --out runs/quickstart-knapsack
-    rlcompress run quickstart --set search.evaluations=50 --fresh
+    rlcompress run quickstart --set search.episodes=50 --fresh
     """
     _open(name, file, sets, out, searcher=searcher, fresh=fresh).run()
 
@@ -215,35 +219,53 @@ def search(
 
 
 @app.command()
-def ticket(name: Name, file: File = FILE, sets: Sets = None, out: Out = None) -> None:
+def ticket(
+    name: Name,
+    file: File = FILE,
+    sets: Sets = None,
+    out: Out = None,
+    searcher: SearcherName = None,
+) -> None:
     """Retrain the best schedules into tickets, with their controls.
 
     \b
     rlcompress ticket quickstart
     rlcompress ticket quickstart --set ticket.top=3 --set ticket.floor=0.5
     """
-    _open(name, file, sets, out).ticket()
+    _open(name, file, sets, out, searcher=searcher).ticket()
 
 
 @app.command()
-def export(name: Name, file: File = FILE, sets: Sets = None, out: Out = None) -> None:
+def export(
+    name: Name,
+    file: File = FILE,
+    sets: Sets = None,
+    out: Out = None,
+    searcher: SearcherName = None,
+) -> None:
     """Write tickets at the size they claim: packed weights, ONNX.
 
     \b
     rlcompress export quickstart
     rlcompress export quickstart --set export.onnx=false
     """
-    _open(name, file, sets, out).export()
+    _open(name, file, sets, out, searcher=searcher).export()
 
 
 @app.command()
-def report(name: Name, file: File = FILE, sets: Sets = None, out: Out = None) -> None:
+def report(
+    name: Name,
+    file: File = FILE,
+    sets: Sets = None,
+    out: Out = None,
+    searcher: SearcherName = None,
+) -> None:
     """Draw the figures and write report/index.html.
 
     \b
     rlcompress report quickstart
     """
-    _open(name, file, sets, out).report()
+    _open(name, file, sets, out, searcher=searcher).report()
 
 
 @app.command()

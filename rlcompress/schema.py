@@ -50,7 +50,7 @@ def did_you_mean(word: object, allowed: Sequence[str]) -> str:
 
 def _factory(names: Sequence[str]) -> AfterValidator:
     def check(value: str) -> str:
-        if value in names or re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", value):
+        if value in names or re.fullmatch(r"\w+(\.\w+)*:\w+", value):
             return value
         raise ValueError(
             f'must be one of {", ".join(names)}, or your own as "package.module:function"'
@@ -153,9 +153,11 @@ class SearchSpec(_Section):
     baselines: Annotated[tuple[Searcher, ...], Field(strict=False), AfterValidator(_distinct)] = (
         Field(("uniform",), description="searchers to compare with, on the same evaluator")
     )
-    evaluations: int = Field(200, ge=1, description="schedules the searcher may measure")
-    baseline_evaluations: int | None = Field(
-        None, ge=1, description="schedules each baseline may measure; null = evaluations"
+    episodes: int = Field(
+        200, ge=1, description="compression episodes: schedules the searcher may measure"
+    )
+    baseline_episodes: int | None = Field(
+        None, ge=1, description="schedules each baseline may measure; null = episodes"
     )
     target: Annotated[tuple[float, float], Field(strict=False), AfterValidator(_size_range)] = (
         Field((8.0, 40.0), description="[low, high] of dense bytes / artifact bytes, above 1")

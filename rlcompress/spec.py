@@ -8,7 +8,6 @@ does not inherit the `args` of the old one. The options themselves are in `schem
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from rlcompress.core.errors import UserError
+from rlcompress.core.files import save_bytes
 from rlcompress.schema import (
     CalibrationSpec,
     DataSpec,
@@ -296,7 +296,7 @@ def _overrides(texts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            lines.append(f"--set {text}: must be KEY=VALUE, such as search.evaluations=50")
+            lines.append(f"--set {text}: must be KEY=VALUE, such as search.episodes=50")
             continue
         try:
             nested = _parse(value, f"--set {text}")
@@ -349,7 +349,7 @@ def resolve(file: ExperimentFile, name: str, overrides: Sequence[str] = ()) -> E
 
 
 def write_resolved(experiment: Experiment, name: str, path: Path | str) -> None:
-    """Write every option, defaults too, and the hash. Atomic: a reader sees all or nothing."""
+    """Write every option, defaults too, and the hash; whole or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
@@ -357,9 +357,7 @@ def write_resolved(experiment: Experiment, name: str, path: Path | str) -> None:
         "hash": spec_hash(experiment),
         "spec": experiment.model_dump(mode="json"),
     }
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False), encoding="utf-8")
-    os.replace(scratch, path)
+    save_bytes(path, yaml.dump(content, Dumper=_Dumper, sort_keys=False).encode())
 
 
 def read_resolved(path: Path | str) -> Resolved:

@@ -42,7 +42,8 @@ from mlflow.types import Schema, TensorSpec
 from requests import RequestException  # type: ignore[import-untyped]
 from sqlalchemy.exc import SQLAlchemyError
 
-from rlcompress.core.pareto import FLOOR_MARGIN
+from rlcompress.core.files import save_json
+from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.schedule import Measurement, Record
 
 _ADVICE = "MLFLOW_TRACKING_URI names another; unset, the run folder is used"
@@ -94,6 +95,7 @@ class Tracker:
         embedded = f"sqlite:///{self.run / 'mlflow.db'}"
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or embedded
         self.name = f"rlcompress-{experiment}"
+        self._floor = float(spec["ticket"]["floor"])
         self._histories: dict[tuple[str, str], dict[int, float]] = {}
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
@@ -126,12 +128,12 @@ class Tracker:
 
         A searcher's metrics are <searcher>/accuracy (0-1), /kl (nats), /bytes, /density, and
         /best_density: the highest density so far at an accuracy of at least the dense
-        network's minus `FLOOR_MARGIN`. Raises FileNotFoundError without search/dense.json.
+        network's minus `ticket.floor`. Raises FileNotFoundError without search/dense.json.
         """
         path = self.run / "search" / "dense.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: the search measures the dense network")
-        floor = Measurement.from_dict(json.loads(path.read_text())).accuracy - FLOOR_MARGIN
+        floor = Measurement.from_dict(json.loads(path.read_text())).accuracy - self._floor / 100
         rows: list[Row] = []
         for searcher in sorted({record.searcher for record in records}):
             known = self._history(self.parent_id, f"{searcher}/best_density")
@@ -174,17 +176,16 @@ class Tracker:
 
         The model is logged as a pt2 graph, which loads without unpickling.
         The alias `champion` moves to it if there is none yet or if it is denser than the
-        champion. Density counts at the accuracy floor only: a ticket that lost more than
-        `FLOOR_MARGIN` never takes the alias from one that did not. Raises TrackingError if
-        `log_ticket` has not logged this ticket, ValueError if `model` exports only with a
-        fixed batch size.
+        champion, on the validation split. Density counts at the accuracy floor only: a ticket
+        below it never takes the alias from one that is not; see `ticket_rank`. Raises
+        TrackingError if `log_ticket` has not logged this ticket, or if `model` cannot be
+        exported with a free batch size.
         """
         child = self._child(ticket)
         if "rlcompress.complete" not in self.client.get_run(child).data.tags:
             raise self._error(f"ticket {ticket['id']} is not there: log_ticket comes first")
         logged = self._logged_model(child) or self._log_model(child, model, example_input)
-        measured = Measurement.from_dict(ticket["ticket"])
-        at_floor = measured.accuracy >= ticket["dense"]["accuracy"] - FLOOR_MARGIN
+        at_floor, value = ticket_rank(ticket)
         if not self.client.search_registered_models(f"name = '{self.name}'"):
             self.client.create_registered_model(self.name)
         found = self.client.search_model_versions(f"name = '{self.name}' and run_id = '{child}'")
@@ -192,13 +193,13 @@ class Tracker:
             tags = {
                 **self._tags,
                 "rlcompress.ticket": str(ticket["id"]),
-                "rlcompress.density": repr(measured.density),
+                "rlcompress.density": repr(value),
                 "rlcompress.at_floor": str(at_floor),
             }
             source = logged.artifact_location  # models:/<id> would be looked up at the global URI
             ids = {"run_id": child, "model_id": logged.model_id}
             found = [self.client.create_model_version(self.name, source, tags=tags, **ids)]
-        if self._beats_champion(at_floor, measured.density):
+        if self._beats_champion(at_floor, value):
             self.client.set_registered_model_alias(self.name, "champion", found[0].version)
         return str(found[0].version)
 
@@ -294,7 +295,14 @@ class Tracker:
         logged = self.client.create_logged_model(self.experiment_id, "model", child)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
-            _save_pt2(model, example, folder, Model(model_id=logged.model_id, run_id=child))
+            about = Model(model_id=logged.model_id, run_id=child)
+            try:
+                _save_pt2(model, example, folder, about)
+            except Exception as error:  # torch.export raises what it likes
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                raise TrackingError(f"MLflow's pt2 format cannot hold this network: {first}") from (
+                    error
+                )
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.log_outputs(child, [LoggedModelOutput(logged.model_id, step=0)])
         return self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
@@ -371,9 +379,7 @@ def _try_database(uri: str) -> None:
 def _run_id(path: Path) -> str:
     """The id in `mlflow.json`, made and written atomically the first time."""
     if not path.exists():
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(json.dumps({"run_id": uuid.uuid4().hex}) + "\n")
-        os.replace(scratch, path)
+        save_json(path, {"run_id": uuid.uuid4().hex})
     return str(json.loads(path.read_text())["run_id"])
 
 

@@ -39,7 +39,7 @@ def runs(monkeypatch, tmp_path):
     calls = []
 
     class Run:
-        def __init__(self, name, experiment, folder):
+        def __init__(self, name, experiment, folder, words):
             self.name, self.experiment, self.folder = name, experiment, folder
 
         def __getattr__(self, verb):
@@ -149,15 +149,15 @@ experiments:
 class TestVerbs:
     @pytest.mark.parametrize("verb", EXPERIMENT_VERBS)
     def test_call_their_stage(self, verb, runs, tmp_path):
-        assert code(verb, "quickstart", "--file", FILE, "--set", "search.evaluations=9") == 0
+        assert code(verb, "quickstart", "--file", FILE, "--set", "search.episodes=9") == 0
         ((name, folder, called, experiment),) = runs
         assert (name, folder, called) == ("quickstart", Path("runs/quickstart"), verb)
-        assert experiment.search.evaluations == 9
+        assert experiment.search.episodes == 9
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("verb", EXPERIMENT_VERBS)
     def test_stop_at_a_bad_spec(self, verb, runs, tmp_path, capsys):
-        args = ("quickstart", "--file", FILE, "--set", "seed=x", "--set", "serch.evaluations=1")
+        args = ("quickstart", "--file", FILE, "--set", "seed=x", "--set", "serch.episodes=1")
         assert code(verb, *args) == 2
         assert len(capsys.readouterr().err.splitlines()) == 2
         assert runs == []

@@ -43,7 +43,7 @@ experiments:
   small:
     model: {factory: vgg19, args: {width: 0.25}}
     data: {factory: digits}
-    search: {evaluations: 30}
+    search: {episodes: 30}
 """
 
 
@@ -94,7 +94,7 @@ experiments:
         assert (dense.epochs, dense.batch_size, dense.lr, dense.weight_decay) == (3, 16, 0.125, 0.4)
         assert leaf.seed == 7
         assert leaf.search.bits == (8,)
-        assert leaf.search.evaluations == 200
+        assert leaf.search.episodes == 200
         assert resolve(file, "root").dense.weight_decay == 0.2
 
     @pytest.mark.parametrize(
@@ -196,15 +196,15 @@ experiments:
     @pytest.mark.parametrize(
         ("override", "hint"),
         [
-            ("serch.evaluations=3", 'did you mean "search"?'),
-            ("evaluations=3", "did you mean search.evaluations?"),
+            ("serch.episodes=3", 'did you mean "search"?'),
+            ("episodes=3", "did you mean search.episodes?"),
             ("search.qqqq=3", "no such key (allowed: searcher,"),
             ("search=3", "must be a mapping (keys: searcher,"),
-            ("search..evaluations=3", "KEY=VALUE"),
+            ("search..episodes=3", "KEY=VALUE"),
             ("extends=other", "no such key"),
-            ("search.evaluations=", "integer"),
-            ("search.evaluations=3.0", "integer"),
-            ("search.evaluations=true", "integer"),
+            ("search.episodes=", "integer"),
+            ("search.episodes=3.0", "integer"),
+            ("search.episodes=true", "integer"),
             ("dense.augment=1", "boolean"),
             ("dense.lr='0.1'", "number"),
             ("dense.lr=.inf", "finite"),
@@ -311,7 +311,7 @@ class TestHash:
         assert spec_hash(one) == spec_hash(two)
 
     def test_sections(self):
-        plain, tuned = experiment(), experiment(search={"evaluations": 3})
+        plain, tuned = experiment(), experiment(search={"episodes": 3})
         dense = ("model", "data", "dense", "seed")
         assert spec_hash(plain, *dense) == spec_hash(tuned, *dense)
         assert spec_hash(plain, "search") != spec_hash(tuned, "search")

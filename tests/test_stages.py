@@ -25,7 +25,7 @@ experiments:
     data: {factory: digits}
     dense: {epochs: 3, batch_size: 32}
     calibration: {fit_images: 64, score_images: 64, positions: 256, estimate_images: 32}
-    search: {searcher: knapsack, evaluations: 12, target: [6, 20], keeps: [1.0, 0.6, 0.3],
+    search: {searcher: knapsack, episodes: 12, target: [6, 20], keeps: [1.0, 0.6, 0.3],
              bits: [2, 4, 8]}
     ppo: {num_env_runners: 0, episodes_per_iteration: 8}
     ticket: {epochs: 2, batch_size: 32, lr: 0.05, fit_images: 128, floor: 3.0}
@@ -80,7 +80,7 @@ def test_a_run_leaves_the_files_that_others_rely_on(ran):
         assert ticket["split"] == "test"
         arms = {ticket["arm"], *ticket["controls"]}
         assert arms == {"rewind", "finetuned", "reconstructed", "fresh"}
-        assert ticket["validation"][ticket["arm"]] == max(ticket["validation"].values())
+        assert ticket["validation"][ticket["arm"]] == max(ticket["validation"][a] for a in arms)
 
 
 def test_the_ticket_is_as_small_and_as_good_as_it_says(ran):
@@ -94,8 +94,16 @@ def test_the_ticket_is_as_small_and_as_good_as_it_says(ran):
 
 
 def test_the_last_lines_say_before_and_after(ran):
-    for words in ("dense", "ticket", "bytes on disk", "exported:", "uniform", "report"):
-        assert words in ran[1]
+    run = ran[0] / "runs" / "tiny"
+    tickets = [json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json")]
+    (best,) = [t for t in tickets if t["searcher"] == "knapsack"]
+    (row,) = [line for line in ran[1].splitlines() if line.startswith("bytes on disk")]
+    assert f"{best['dense']['bytes']:,}" in row
+    assert f"{best['ticket']['bytes']:,}" in row
+    assert f"{best['ratio']:.1f}x" in row
+    assert f"exported: {best['arm']} (best on validation)" in ran[1]
+    assert "uniform-" in ran[1]
+    assert "report/index.html" in ran[1]
 
 
 def test_the_champion_loads_by_the_documented_line(ran):
@@ -125,7 +133,7 @@ def test_the_same_command_again_changes_nothing(ran):
 def test_another_searcher_adds_to_the_archive(ran):
     run = ran[0] / "runs" / "tiny"
     before = (run / "search/archive.jsonl").read_text()
-    command(ran[0], "search", "tiny", "--searcher", "random", "--set", "search.evaluations=4")
+    command(ran[0], "search", "tiny", "--searcher", "random", "--set", "search.episodes=4")
     after = (run / "search/archive.jsonl").read_text()
     assert after.startswith(before)
     assert sum(r.searcher == "random" for r in read_archive(run / "search/archive.jsonl")) == 4
@@ -148,11 +156,60 @@ def test_a_target_out_of_reach_is_one_line(ran):
     assert "Traceback" not in done.stderr
 
 
+def test_a_ticket_is_not_made_of_another_experiments_search(ran):
+    run = ran[0] / "runs" / "tiny"
+    before = contents(run)
+    done = command(ran[0], "ticket", "tiny", "--set", "seed=1", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("rlcompress search tiny --set seed=1")
+    done = command(ran[0], "ticket", "tiny", "--searcher", "ppo", check=False)
+    assert done.returncode == 2
+    assert "ppo has measured nothing yet" in done.stderr
+    done = command(ran[0], "export", "tiny", "--out", "nowhere", check=False)
+    assert done.returncode == 2
+    assert not (ran[0] / "nowhere").exists()
+    assert contents(run) == before | {"spec.yaml": contents(run)["spec.yaml"]}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_killed_while_tickets_train_the_same_command_ends_the_run(tmp_path):
+    """PPO, Ray workers, two tickets; kill -9 when the first epochs of arms are on the disk."""
+    text = EXPERIMENTS.replace("knapsack, episodes: 12", "ppo, episodes: 24")
+    text = text.replace("runners: 0", "runners: 2").replace(
+        "episodes_per", "epochs: 2, episodes_per"
+    )
+    (tmp_path / "experiments.yaml").write_text(text)
+    run = tmp_path / "runs/tiny"
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "rlcompress", "run", "tiny"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while victim.poll() is None and len([*run.glob("tickets/*/*.checkpoint")]) < 2:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            victim.wait(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    kept = [*run.glob("tickets/*/*.checkpoint")]
+    assert len(kept) >= 2
+    archive = (run / "search/archive.jsonl").read_text()
+    command(tmp_path, "run", "tiny")
+    assert (run / "search/archive.jsonl").read_text() == archive
+    tickets = [json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json")]
+    assert {t["searcher"] for t in tickets} == {"ppo", "uniform"}
+    for ticket in tickets:
+        assert {len(curve) for curve in ticket["curves"].values()} == {2}
+    assert not [*run.glob("tickets/*/*.checkpoint")]
+    before = contents(run)
+    command(tmp_path, "run", "tiny")
+    assert contents(run) == before
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_killed_in_the_middle_of_ppo_it_goes_on(tmp_path):
     """kill -9 while workers sample; the same command keeps every line and doubles none."""
-    text = EXPERIMENTS.replace("knapsack, evaluations: 12", "ppo, evaluations: 60")
+    text = EXPERIMENTS.replace("knapsack, episodes: 12", "ppo, episodes: 60")
     (tmp_path / "experiments.yaml").write_text(text.replace("runners: 0", "runners: 1"))
     archive = tmp_path / "runs/tiny/search/archive.jsonl"
     words = [sys.executable, "-m", "rlcompress", "search", "tiny", "--set", "search.baselines=[]"]

@@ -16,7 +16,11 @@ import torch
 from rlcompress.core.schedule import Measurement, Record, Schedule, performance_density
 from rlcompress.tracking import Tracker, TrackingError
 
-SPEC = {"model": {"factory": "vgg19", "args": {"width": 0.25}}, "search": {"target": [8, 60]}}
+SPEC = {
+    "model": {"factory": "vgg19", "args": {"width": 0.25}},
+    "search": {"target": [8, 60]},
+    "ticket": {"floor": 1.0},
+}
 
 
 def measurement(accuracy: float, size: int, kl: float = 0.1) -> dict[str, Any]:
@@ -42,7 +46,9 @@ def make_ticket(name: str, accuracy: float = 0.92, size: int = 50_000) -> dict[s
         "ticket": measurement(accuracy, size),
         "arm": "rewind",
         "controls": {"reconstructed": measurement(0.91, size), "fresh": measurement(0.8, size)},
-        "validation": {"rewind": accuracy, "fresh": 0.8},
+        "validation": {"dense": 0.925, "rewind": accuracy, "fresh": 0.8},
+        "floor": 1.0,
+        "input": {"shape": [1, 8, 8], "mean": 0.0, "std": 1.0},
         "curves": {"rewind": curve, "fresh": curve},
         "seed": 0,
         "spec_hash": "abc",
@@ -268,7 +274,7 @@ def test_a_fixed_batch_size_is_refused(run: Path) -> None:
 
     tracker, ticket = open_tracker(run), make_ticket("t1")
     tracker.log_ticket(write_ticket(run, ticket), ticket)
-    with pytest.raises(ValueError, match="batch"):
+    with pytest.raises(TrackingError, match="batch"):
         tracker.register(ticket, Fixed(), torch.zeros(4, 1, 8, 8))
     assert tracker.register(ticket, Net(), torch.zeros(4, 1, 8, 8)) == "1"
     (model,) = tracker.client.search_logged_models([tracker.experiment_id])

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,17 +232,6 @@ def _digest(manifest: Mapping[str, Any], data: bytes) -> str:
     """SHA-256 of a manifest (but for its own `sha256`) and the data behind it."""
     plain = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode() + data).hexdigest()
-
-
-def write_artifact(path: Path | str, packed: bytes) -> None:
-    """Writes `pack`'s bytes: a temporary file, flushed, renamed."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(packed)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _manifest(path: Path) -> tuple[dict[str, Any], bytes]:

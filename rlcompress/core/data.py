@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,6 @@ class Data:
     validation: Split
     test: Split
     num_classes: int
-
-    @property
-    def in_channels(self) -> int:
-        return self.train.raw_NCHW.shape[1]
 
     def example(self) -> torch.Tensor:
         """One normalised image (1, C, H, W)."""
@@ -110,10 +107,13 @@ def digits(size: int = 32) -> Data:
 
 def _read_idx(path: Path) -> np.ndarray:
     """A gzipped idx file of unsigned bytes (LeCun's MNIST format)."""
-    with gzip.open(path, "rb") as file:
-        content = file.read()
-    kind, dims = content[2], content[3]
-    shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
+    try:
+        with gzip.open(path, "rb") as file:
+            content = file.read()
+        kind, dims = content[2], content[3]
+        shape = struct.unpack(f">{dims}I", content[4 : 4 + 4 * dims])
+    except (OSError, EOFError, zlib.error, IndexError, struct.error) as error:
+        raise UserError(f"{path}: not a gzipped idx file: {error}") from error
     if kind != 8 or len(content) != 4 + 4 * dims + int(np.prod(shape)):
         raise UserError(f"{path}: not an idx file of unsigned bytes, or cut off")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
@@ -179,6 +179,14 @@ def _tensors(dataset: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     items = [dataset[i] for i in range(len(dataset))]
     if not items:
         raise UserError(f"data: the {name} split is empty")
+    for item in items:
+        if not (
+            isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], torch.Tensor)
+        ):
+            raise UserError(
+                f"data: the {name} split has a {type(item).__name__}; allowed: pairs of an image "
+                "tensor (C, H, W) and a label"
+            )
     shapes = {tuple(image.shape) for image, _ in items}
     if len(shapes) > 1:
         raise UserError(f"data: the {name} split has images of varying shape: {sorted(shapes)[:3]}")

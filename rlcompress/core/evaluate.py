@@ -32,6 +32,9 @@ from rlcompress.core.sensitivity import Estimates
 
 RECOVERIES = ("none", "bn", "reconstruct")
 
+#: Nats.
+WORST = 1e4
+
 
 @dataclass(frozen=True)
 class FittedLayer:
@@ -239,7 +242,7 @@ class Evaluator:
         """Decides the next layer: its group's `keep`, where this layer owns the group (else it
         is ignored), and its weight `bits`. Returns a new prefix; `prefix` stays valid.
 
-        `collect` gathers what each layer became in `Prefix.fitted`, for `Compressed` networks.
+        `collect` gathers what each layer became in `Prefix.fitted`, for `ticket.fitted_network`.
         """
         layer = self.layers[len(prefix.choices)]
         group = self.network.owned_group(layer.name)
@@ -394,11 +397,13 @@ class Evaluator:
 def compare(
     logits: torch.Tensor, dense_logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[float, float, float]:
-    """Accuracy (0-1), cross-entropy and KL(dense || other) (nats) of logits (S, classes)."""
+    """Accuracy (0-1), cross-entropy and KL(dense || other) (nats) of logits (S, classes); both
+    at most `WORST`, which is what logits that are not finite get."""
     logits, dense_logits = logits.float(), dense_logits.float()
     accuracy = float((logits.argmax(1) == labels).float().mean())
-    loss = float(F.cross_entropy(logits, labels))
+    loss = F.cross_entropy(logits, labels)
     kl = F.kl_div(
         logits.log_softmax(1), dense_logits.log_softmax(1), log_target=True, reduction="batchmean"
     )
-    return accuracy, loss, max(0.0, float(kl))
+    loss, kl = (value.nan_to_num(nan=WORST, posinf=WORST) for value in (loss, kl))
+    return accuracy, min(float(loss), WORST), min(max(0.0, float(kl)), WORST)

@@ -40,7 +40,9 @@ def export_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> float:
         program.save(str(part), external_data=False)
     except torch.onnx.errors.OnnxExporterError as error:
         first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path}: the network cannot be exported to ONNX: {first}") from error
+        raise UserError(
+            f"{path}: the network cannot be exported to ONNX: {first}; --set export.onnx=false"
+        ) from error
     session = onnxruntime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
     theirs = session.run(None, {"images": images.numpy()})[0]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: tensors, JSON, and the archive of measured schedules."""
+"""Files that are whole or not there: bytes, JSON, and the archive of measured schedules."""
 
 from __future__ import annotations
 
@@ -8,37 +8,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
 from rlcompress.core.errors import UserError
 from rlcompress.core.schedule import Record
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: Any) -> None:
-    """safetensors with JSON metadata, by temporary file and rename."""
+def save_bytes(path: Path, content: bytes) -> None:
+    """By temporary file, flush and rename: a reader sees all or nothing."""
     part = path.with_name(path.name + ".part")
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    save_file(plain, part, metadata={"json": json.dumps(metadata)})
-    os.replace(part, path)
-
-
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The inverse of `save_tensors`."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads((file.metadata() or {}).get("json", "{}"))
-
-
-def save_json(path: Path, content: Any) -> None:
-    """JSON by temporary file, flush and rename."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+    with open(part, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def save_json(path: Path, content: Any) -> None:
+    """JSON, written as `save_bytes` does."""
+    save_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 class JsonLines:

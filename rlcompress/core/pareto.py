@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from rlcompress.core.schedule import Record
+from rlcompress.core.schedule import Record, performance_density
 
 T = TypeVar("T")
-
-#: Accuracy (0-1) that a density may cost: it is quoted at the dense accuracy minus this.
-FLOOR_MARGIN = 0.01
 
 
 def nondominated(costs: np.ndarray) -> np.ndarray:
@@ -45,6 +42,15 @@ def archive_front(records: Iterable[Record]) -> list[Record]:
     KL, not accuracy: accuracy on a few hundred images saturates and ties.
     """
     return front(list(records), lambda r: (r.measurement.bytes, r.measurement.kl))
+
+
+def ticket_rank(ticket: Mapping[str, Any]) -> tuple[bool, float]:
+    """Orders the contents of ticket.json by the validation split, the best last: those at the
+    accuracy floor by density, below it by accuracy. The test split chooses nothing."""
+    accuracy = ticket["validation"][ticket["arm"]]
+    if accuracy >= ticket["validation"]["dense"] - ticket["floor"] / 100:
+        return True, performance_density(accuracy, ticket["ticket"]["bytes"])
+    return False, accuracy
 
 
 def best_at_floor(records: Iterable[Record], floor: float) -> Record | None:

@@ -9,7 +9,6 @@ Shapes: N observations, A actions, F action columns, S state columns, H hidden u
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from rlcompress.core.errors import UserError
+from rlcompress.core.files import save_json
+from rlcompress.core.tensors import load_tensors, save_tensors
 
 ILLEGAL = -1e9
 
@@ -76,12 +76,8 @@ class Policy(nn.Module):
 def save_policy(folder: Path, policy: Policy, about: Mapping[str, Any]) -> None:
     """Writes `policy.safetensors` and `policy.json` (its shape and `about`), each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "policy.safetensors.part"
-    save_file({n: t.detach().cpu().contiguous() for n, t in policy.state_dict().items()}, part)
-    os.replace(part, folder / "policy.safetensors")
-    part = folder / "policy.json.part"
-    part.write_text(json.dumps({"shape": asdict(policy.shape), **about}, indent=1) + "\n")
-    os.replace(part, folder / "policy.json")
+    save_tensors(folder / "policy.safetensors", policy.state_dict())
+    save_json(folder / "policy.json", {"shape": asdict(policy.shape), **about})
 
 
 def load_policy(folder: Path, observation_version: int) -> tuple[Policy, dict[str, Any]]:
@@ -93,7 +89,7 @@ def load_policy(folder: Path, observation_version: int) -> tuple[Policy, dict[st
         about = json.loads((folder / "policy.json").read_text())
         shape = PolicyShape(**about.pop("shape"))
         policy = Policy(shape)
-        policy.load_state_dict(load_file(folder / "policy.safetensors"))
+        policy.load_state_dict(load_tensors(folder / "policy.safetensors")[0])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: no intact policy: {error}") from error
     if shape.observation_version != observation_version:

@@ -24,10 +24,21 @@ from rlcompress.core.sensitivity import Estimates
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where this process sees a device, else the CPU."""
+    """`auto` is CUDA where this process sees a device, else the CPU. Raises UserError if there is
+    no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    there = {
+        "cuda": torch.cuda.device_count,
+        "mps": lambda: int(torch.backends.mps.is_available()),
+    }.get(device.type, lambda: 1)()
+    if (device.index or 0) >= there:
+        raise UserError(
+            f"device = {name}: there are {there} such devices here; "
+            "--set device=cpu --set ppo.num_gpus_per_env_runner=0 runs without"
+        )
+    return device
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rlcompress.core.files import load_tensors, save_tensors
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
 from rlcompress.core.reconstruct import patches, sample_positions
+from rlcompress.core.tensors import load_tensors, save_tensors
 
 CLIP_POSITIONS = 512
 #: Images of one backward pass for the Fisher diagonal: with sampled labels gradients of

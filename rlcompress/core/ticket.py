@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlcompress.core.artifact import ModelRef, load_artifact, pack, snap, write_artifact
+from rlcompress.core.artifact import ModelRef, load_artifact, pack, snap
 from rlcompress.core.data import Split
 from rlcompress.core.evaluate import Evaluator, FittedLayer
+from rlcompress.core.files import save_bytes
 from rlcompress.core.graph import Network
 from rlcompress.core.problem import pick_device
 from rlcompress.core.prune import cut
@@ -195,7 +196,7 @@ def write_network(
     scales = {name: scale.cpu() for name, scale in small.scales.items()}
     small.scales = snap(small.model, network, bits, scales)
     counts = network.counts(schedule)
-    write_artifact(path, pack(small.model, network, ref, counts, bits, small.scales))
+    save_bytes(path, pack(small.model, network, ref, counts, bits, small.scales))
 
 
 @dataclass(frozen=True)

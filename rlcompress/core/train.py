@@ -20,8 +20,8 @@ from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import compare
-from rlcompress.core.files import load_tensors, save_tensors
 from rlcompress.core.schedule import Measurement
+from rlcompress.core.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Training after `epoch` epochs. The tensors (`model.*`, `momentum.*`) are the live ones:
-    they change with the next epoch."""
+    """Training after `epoch` epochs. The tensors (`model.*`, `momentum.*`) are on the CPU and may
+    be the live ones: they change with the next epoch."""
 
     epoch: int
     curve: list[dict[str, Any]]
@@ -109,11 +109,11 @@ class Checkpoint:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> Checkpoint:
-        tensors = {f"model.{n}": t for n, t in model.state_dict().items()}
+        tensors = {f"model.{n}": t.cpu() for n, t in model.state_dict().items()}
         for i, parameter in enumerate(_parameters(optimizer)):
             buffer = optimizer.state[parameter].get("momentum_buffer")
             if buffer is not None:
-                tensors[f"momentum.{i}"] = buffer
+                tensors[f"momentum.{i}"] = buffer.cpu()
         return Checkpoint(epoch, list(curve), tensors)
 
 
@@ -225,8 +225,8 @@ def train(
     key: str = "",
     on_epoch: Callable[[int, dict[str, Any]], None] = lambda epoch, row: None,
 ) -> list[dict[str, Any]]:
-    """All `epochs` of a training; the curve. `checkpoint` is written after every epoch and
-    removed at the end; one with another `key` is ignored."""
+    """All `epochs` of a training; the curve. `checkpoint` is written after every epoch, behind
+    `on_epoch`, and left for the caller to remove; one with another `key` is ignored."""
     resume = None if checkpoint is None else Checkpoint.load(checkpoint, key)
     curve = [] if resume is None else resume.curve
     for state in epochs(
@@ -239,11 +239,12 @@ def train(
         resume=resume,
     ):
         curve = state.curve
+        on_epoch(state.epoch, curve[-1])
         if checkpoint is not None:
             state.save(checkpoint, key)
-        on_epoch(state.epoch, curve[-1])
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    if resume is not None and resume.epoch >= recipe.epochs:
+        model.load_state_dict(resume.weights())
+        model.eval()
     return curve
 
 

@@ -21,6 +21,7 @@ def model_card(ticket: Mapping[str, Any], experiment: str, spec: Mapping[str, An
     compressed = Measurement.from_dict(ticket["ticket"])
     data, network = str(spec["data"]["factory"]), str(spec["model"]["factory"])
     head = yaml.safe_dump(_front_matter(ticket, experiment, data, network), sort_keys=False)
+    trust = f', trust=["{network}"]' if ":" in network else ""
     bits = sorted({int(b) for b in ticket["schedule"]["bits"].values()})
     widths = f"{bits[0]}-{bits[-1]}" if len(bits) > 1 else "".join(map(str, bits)) or "32"
     return f"""---
@@ -54,7 +55,9 @@ activation bits.
 ## Limits
 
 - It knows the classes of {data} and answers with one of them for any image.
-- Inputs must be prepared as in training: same size, channels and normalisation.
+- Inputs must be prepared as in training: {" x ".join(map(str, ticket["input"]["shape"]))}
+  (channels, height, width), pixels minus {ticket["input"]["mean"]:.6g}, divided by
+  {ticket["input"]["std"]:.6g}.
 - Compression hits rare classes and unusual images harder than the mean accuracy shows.
 - One seed: differences of a few tenths of a point between arms are noise.
 - Small on disk is not fast by itself: speed depends on the runtime's support for few bits.
@@ -66,7 +69,7 @@ PyTorch:
 ```python
 from rlcompress.core.artifact import load_artifact
 
-model = load_artifact("weights.safetensors")
+model = load_artifact("weights.safetensors"{trust})
 ```
 
 ONNX Runtime:

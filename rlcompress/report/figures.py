@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -34,62 +34,47 @@ Plain = Mapping[str, Any]
 def front_figure(
     records: Sequence[Record], dense: Measurement, tickets: Sequence[Plain] = ()
 ) -> Figure:
-    """Accuracy against bytes: every evaluation, each searcher's front, dense and tickets.
+    """What every evaluation kept against its bytes, each searcher's front, dense and tickets:
+    accuracy above, below it the KL to the dense network, which still tells apart what accuracy
+    on a few hundred images does not.
 
     records  measured on the score images, as is `dense`
-    tickets  contents of ticket.json; drawn at their accuracy on their own split
+    tickets  contents of ticket.json; drawn at their measurement on their own split
 
-    A front is the best accuracy at or below a size. The axis is cut to at most 5 points
+    A front is the best value at or below a size. The accuracy axis is cut to at most 5 points
     below the dense network, if anything lies there; how many points it hides is printed.
     """
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    ax = figure.add_subplot()
+    figure = Figure(figsize=(7.2, 7.0), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.15, 1))
     measured = [Measurement.from_dict(ticket["ticket"]) for ticket in tickets]
+    _draw_front(above, records, tickets, lambda m: 100 * m.accuracy, smaller_is_better=False)
+    _draw_front(below, records, tickets, _shown_kl, smaller_is_better=True)
+    above.scatter([dense.bytes], [100 * dense.accuracy], s=150, marker="*", color=INK, zorder=4)
+    here = (dense.bytes, 100 * dense.accuracy)
+    above.annotate("dense", here, (0, -17), textcoords="offset points", ha="center", **_text())
     low, high = _accuracy_range(
         [r.measurement.accuracy for r in records],
         [dense.accuracy, *(m.accuracy for m in measured)],
     )
-    for i, searcher in enumerate(searchers(records)):
-        mine = [r for r in records if r.searcher == searcher]
-        colour, marker = _style(i)
-        x, y = _bytes_and_accuracy(mine)
-        ax.scatter(x, y, s=13, color=colour, marker=marker, alpha=0.3, linewidths=0)
-        best = front(mine, lambda r: (r.measurement.bytes, -r.measurement.accuracy))
-        x, y = _bytes_and_accuracy(best)
-        ax.step(x, y, where="post", color=colour, linewidth=1.8)
-        ax.scatter(x, y, s=20, color=colour, marker=marker, label=searcher, zorder=3)
-    ax.scatter([dense.bytes], [100 * dense.accuracy], s=150, marker="*", color=INK, zorder=4)
-    here = (dense.bytes, 100 * dense.accuracy)
-    ax.annotate("dense", here, (0, -17), textcoords="offset points", ha="center", **_text())
-    for ticket, m in zip(tickets, measured, strict=True):
-        ax.scatter(
-            [m.bytes],
-            [100 * m.accuracy],
-            s=85,
-            marker="D",
-            zorder=5,
-            color=_style(searchers(records, ticket["searcher"]).index(ticket["searcher"]))[0],
-            edgecolors=INK,
-            linewidths=1.4,
-        )
-    ax.set_xscale("log")
-    ax.set_ylim(100 * low, 100 * high)
-    shown = [r.measurement.bytes for r in records if r.measurement.accuracy >= low]
-    sizes = [dense.bytes, *shown, *(m.bytes for m in measured)]
-    ax.set_xlim(min(sizes) / 1.5, max(sizes) * 1.35)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    _dress(ax, "size of the written artifact", "accuracy, %")
+    above.set_ylim(100 * low, 100 * high)
+    below.set_yscale("log")
+    above.set_xscale("log")
+    sizes = [dense.bytes, *(r.measurement.bytes for r in records), *(m.bytes for m in measured)]
+    above.set_xlim(min(sizes) / 1.5, max(sizes) * 1.35)
+    above.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    above.xaxis.set_minor_formatter(NullFormatter())
+    _dress(above, "", "accuracy, %")
+    _dress(below, "size of the written artifact", "KL to the dense network, nats")
     # Above the axes no label meets a point. The smallest ticket's stands left of its line, the
     # others' right of theirs and lower from left to right, so no line crosses a label.
     named = sorted(zip(tickets, measured, strict=True), key=lambda pair: pair[1].bytes)
     for i, (ticket, m) in enumerate(named):
-        ax.annotate(
+        above.annotate(
             f"{ticket['searcher']} ticket, {ticket['ratio']:.3g}{TIMES}",
             xy=(m.bytes, 100 * m.accuracy),
-            xytext=(m.bytes, 1.03 + 0.055 * (len(named) - 1 - i if i else 0)),
-            textcoords=ax.get_xaxis_transform(),
+            xytext=(m.bytes, 1.03 + 0.07 * (len(named) - 1 - i)),
+            textcoords=above.get_xaxis_transform(),
             ha="right" if i == 0 else "left",
             arrowprops={"arrowstyle": "-", "color": MUTED, "relpos": (1.0 if i == 0 else 0.0, 0)},
             **_text(),
@@ -97,9 +82,49 @@ def front_figure(
     hidden = sum(r.measurement.accuracy < low for r in records)
     if hidden:
         note = f"▾ {hidden} of {len(records)} evaluations lie lower"
-        ax.annotate(note, (1, 0), (-6, 6), "axes fraction", "offset points", ha="right", **_note())
+        above.annotate(
+            note, (1, 0), (-6, 6), "axes fraction", "offset points", ha="right", **_note()
+        )
     _legend(figure, len(searchers(records)))
     return figure
+
+
+def _draw_front(
+    ax: Axes,
+    records: Sequence[Record],
+    tickets: Sequence[Plain],
+    value: Callable[[Measurement], float],
+    *,
+    smaller_is_better: bool,
+) -> None:
+    sign = 1 if smaller_is_better else -1
+    for i, searcher in enumerate(searchers(records)):
+        mine = [r.measurement for r in records if r.searcher == searcher]
+        colour, marker = _style(i)
+        x, y = [m.bytes for m in mine], [value(m) for m in mine]
+        ax.scatter(x, y, s=13, color=colour, marker=marker, alpha=0.3, linewidths=0)
+        best = front(mine, lambda m: (m.bytes, sign * value(m)))
+        x, y = [m.bytes for m in best], [value(m) for m in best]
+        ax.step(x, y, where="post", color=colour, linewidth=1.8)
+        label = None if smaller_is_better else searcher
+        ax.scatter(x, y, s=20, color=colour, marker=marker, label=label, zorder=3)
+    for ticket in tickets:
+        m = Measurement.from_dict(ticket["ticket"])
+        ax.scatter(
+            [m.bytes],
+            [value(m)],
+            s=85,
+            marker="D",
+            zorder=5,
+            color=_style(searchers(records, ticket["searcher"]).index(ticket["searcher"]))[0],
+            edgecolors=INK,
+            linewidths=1.4,
+        )
+
+
+def _shown_kl(measurement: Measurement) -> float:
+    """A logarithmic axis has no zero."""
+    return max(measurement.kl, 1e-5)
 
 
 def schedule_figure(schedule: Schedule, layers: Sequence[Plain]) -> Figure:
@@ -276,11 +301,6 @@ _VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
 
 def _style(i: int) -> tuple[str, str]:
     return SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
-
-
-def _bytes_and_accuracy(records: Sequence[Record]) -> tuple[list[int], list[float]]:
-    measured = [record.measurement for record in records]
-    return [m.bytes for m in measured], [100 * m.accuracy for m in measured]
 
 
 def _accuracy_range(points: Sequence[float], anchors: Sequence[float]) -> tuple[float, float]:

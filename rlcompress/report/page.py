@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from rlcompress.core.pareto import FLOOR_MARGIN, archive_front
+from rlcompress.core.files import read_archive, save_bytes
+from rlcompress.core.pareto import archive_front, best_at_floor, ticket_rank
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.report import figures
 
@@ -33,15 +32,9 @@ def write_report(run: Path) -> Path:
     page, drawn = _assemble(run)
     folder.mkdir(exist_ok=True)
     for name, figure in drawn.items():
-        _write(folder / f"{name}.png", figures.to_png(figure))
-    _write(folder / "index.html", page.encode())
+        save_bytes(folder / f"{name}.png", figures.to_png(figure))
+    save_bytes(folder / "index.html", page.encode())
     return folder / "index.html"
-
-
-def read_archive(path: Path) -> list[Record]:
-    """The records of archive.jsonl. A last line without its newline was cut off: left out."""
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [Record.from_json(line) for line in lines]
 
 
 def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
@@ -50,6 +43,7 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
     training = _json(_needed(run, "dense/metrics.json"))
     layers = _json(_needed(run, "search/layers.json"))
     spec = yaml.safe_load(_needed(run, "spec.yaml").read_text(encoding="utf-8"))
+    floor = float(spec["spec"]["ticket"]["floor"])
     tickets = [_json(path) for path in sorted(run.glob("tickets/*/ticket.json"))]
     main, baseline = _chosen(tickets)
     shown = [ticket for ticket in (main, baseline) if ticket is not None]
@@ -82,9 +76,9 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
         tickets=[(ticket, Measurement.from_dict(ticket["ticket"])) for ticket in tickets],
         compared=_compared(main, baseline),
         arms=figures.arm_measurements(main) if main is not None else {},
-        searchers=_searchers(records, dense),
+        searchers=_searchers(records, dense, floor),
         dense=dense,
-        margin=100 * FLOOR_MARGIN,
+        margin=floor,
         evaluations=len(records),
         svg={name: figures.to_svg(figure, name) for name, figure in drawn.items()},
         versions=_versions(),
@@ -111,23 +105,14 @@ def _lines(path: Path) -> list[Any]:
 def _chosen(
     tickets: list[dict[str, Any]],
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The best ticket of a searcher, and the best of the uniform baseline.
-
-    Best is the densest of those at the accuracy floor; if none is, the most accurate.
-    """
-
-    def rank(ticket: Mapping[str, Any]) -> tuple[bool, float]:
-        measured = Measurement.from_dict(ticket["ticket"])
-        if measured.accuracy >= ticket["dense"]["accuracy"] - FLOOR_MARGIN:
-            return True, measured.density
-        return False, measured.accuracy
-
+    """The best ticket of a searcher, and the best of the uniform baseline, see
+    `ticket_rank`."""
     plain = [ticket for ticket in tickets if ticket["searcher"] == _BASELINE]
     searched = [ticket for ticket in tickets if ticket["searcher"] != _BASELINE]
-    baseline = max(plain, key=rank, default=None)
+    baseline = max(plain, key=ticket_rank, default=None)
     if not searched:
         return baseline, None
-    return max(searched, key=rank), baseline
+    return max(searched, key=ticket_rank), baseline
 
 
 def _compared(
@@ -144,21 +129,19 @@ def _compared(
     return columns
 
 
-def _searchers(records: list[Record], dense: Measurement) -> list[dict[str, Any]]:
+def _searchers(records: list[Record], dense: Measurement, floor: float) -> list[dict[str, Any]]:
     rows = []
     for i, name in enumerate(figures.searchers(records)):
         mine = [record for record in records if record.searcher == name]
-        floor = dense.accuracy - FLOOR_MARGIN
-        feasible = [r.measurement for r in mine if r.measurement.accuracy >= floor]
-        best = min(feasible, key=lambda m: m.bytes, default=None)
+        best = best_at_floor(mine, dense.accuracy - floor / 100)
         rows.append(
             {
                 "name": name,
                 "series": i % len(figures.SERIES),
                 "evaluations": len(mine),
                 "front": len(archive_front(mine)),
-                "best": best,
-                "ratio": dense.bytes / best.bytes if best else None,
+                "best": best.measurement if best else None,
+                "ratio": dense.bytes / best.measurement.bytes if best else None,
             }
         )
     return rows
@@ -178,9 +161,3 @@ def _versions() -> dict[str, str]:
     }
     versions = {"Python": platform.python_version()}
     return versions | {name: installed[name] for name in _LIBRARIES if name in installed}
-
-
-def _write(path: Path, content: bytes) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)

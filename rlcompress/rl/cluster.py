@@ -17,11 +17,13 @@ _shared: dict[int, tuple[Bundle, Any]] = {}
 _problems: dict[str, Problem] = {}
 
 
-def start_ray(address: str | None, workers: int) -> None:
+def start_ray(address: str | None, workers: int, gpus: float = 0.0) -> None:
     """Connects to `address` or RAY_ADDRESS, else starts Ray on this machine, quietly, with room
     for `workers` processes that have imported all they need by the time they are asked for.
+    `gpus` is the share of a GPU that each takes.
 
-    Raises UserError if a cluster is named and cannot be reached.
+    Raises UserError if a cluster is named and cannot be reached, or if this machine has not the
+    GPUs. (A cluster may get them later: it waits.)
     """
     if ray.is_initialized():
         return
@@ -48,6 +50,12 @@ def start_ray(address: str | None, workers: int) -> None:
         )
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if not address and workers * gpus > there:
+        raise UserError(
+            f"ppo.num_gpus_per_env_runner = {gpus}: {workers} env runners need {workers * gpus:g} "
+            f"GPUs, this machine has {there:g}"
+        )
 
 
 def share(bundle: Bundle) -> Any:

@@ -7,6 +7,8 @@ are the trained policy's best guesses over the sizes.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,7 @@ from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.policy import Policy, PolicyShape, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
@@ -30,6 +33,8 @@ from rlcompress.searchers.base import Settings, targets
 
 #: Share of the evaluations for the untrained and for the trained policy's own schedules.
 FIRST, LAST = 0.05, 0.15
+#: Iterations without a finished episode before the search gives up.
+MOST_IDLE = 5
 REGISTERED = "rlcompress-environment"
 
 
@@ -46,13 +51,14 @@ def config(
     ppo: PPOSpec,
     shape: PolicyShape,
     weights: dict[str, Any] | None,
+    episodes: int,
     stream: int,
 ) -> PPOConfig:
-    """RLlib's configuration. `bundle` is an object reference; `stream` tells restarts apart."""
-    layers = len(problem.network.layers)
+    """RLlib's configuration. `bundle` is an object reference; `episodes` are those of an
+    iteration (see `_episodes`); `stream` tells restarts apart."""
     runners = max(1, ppo.num_env_runners)
-    per_runner = -(-ppo.episodes_per_iteration // (runners * ppo.num_envs_per_env_runner))
-    fragment = per_runner * layers
+    lanes = runners * ppo.num_envs_per_env_runner
+    fragment = episodes // lanes * len(problem.network.layers)
     env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **environment_options(ppo))
     register_env(REGISTERED, make)
     return (
@@ -78,8 +84,8 @@ def config(
         )
         .learners(num_learners=0)
         .training(
-            train_batch_size_per_learner=fragment * runners * ppo.num_envs_per_env_runner,
-            minibatch_size=min(ppo.minibatch_size, fragment * runners),
+            train_batch_size_per_learner=fragment * lanes,
+            minibatch_size=min(ppo.minibatch_size, fragment * lanes),
             num_epochs=ppo.epochs,
             lr=ppo.lr,
             gamma=ppo.gamma,
@@ -103,6 +109,13 @@ def config(
     )
 
 
+def _episodes(ppo: PPOSpec, most: int) -> int:
+    """Episodes of an iteration: the same number in each environment, and if that leaves one
+    each, not above `most`."""
+    lanes = max(1, ppo.num_env_runners) * ppo.num_envs_per_env_runner
+    return lanes * max(1, min(-(-ppo.episodes_per_iteration // lanes), most // lanes))
+
+
 def search(
     bundle: Bundle,
     problem: Problem,
@@ -124,6 +137,9 @@ def search(
     total, count = settings.evaluations, len(history)
     first = min(total, max(1, round(FIRST * total)))
     last = min(total - first, max(1, round(LAST * total)))
+    batch = _episodes(ppo, total - first - last)
+    # Whole iterations only: an episode that is played is an episode in the archive.
+    end = first + (total - first - last) // batch * batch
 
     def record(info: dict[str, Any]) -> Record:
         nonlocal count
@@ -144,21 +160,28 @@ def search(
     while count < first:
         yield record(greedy(Policy(shape), env, targets(settings, first)[count]))
 
-    if count < total - last:
-        start_ray(ppo.address, ppo.num_env_runners)
+    if count + batch <= end:
+        start_ray(ppo.address, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
         reference = share(bundle)
         weights = {n: t.numpy() for n, t in policy.state_dict().items()} if resumed else None
         algorithm = config(
-            reference, problem, settings, ppo, shape, weights, stream=count
+            reference, problem, settings, ppo, shape, weights, batch, stream=count
         ).build_algo()
+        idle = 0
         try:
-            while count < total - last:
+            while count + batch <= end:
                 result = algorithm.train()
                 rows = result.get("env_runners", {}).get(RECORDS, [])
                 # Runner by runner: the archive's order does not depend on who was faster.
                 for info in sorted(rows, key=lambda info: info["runner"]):
-                    if count < total - last:
+                    if count < total:
                         yield record(info)
+                idle = 0 if rows else idle + 1
+                if idle == MOST_IDLE:
+                    raise UserError(
+                        f"ppo: the env runners ended no episode in {idle} iterations; their "
+                        "messages are in /tmp/ray/session_latest/logs"
+                    )
                 policy = _trained(algorithm, shape)
                 about = {"evaluations": count, "seed": settings.seed, **environment_options(ppo)}
                 save_policy(folder, policy, about)
@@ -166,10 +189,13 @@ def search(
                     on_iteration(_curve_row(result, rows, count))
         finally:
             algorithm.stop()
+            with contextlib.suppress(OSError):
+                os.rmdir(algorithm.logdir)  # of nobody's use, empty, in ~/ray_results
     policy.eval()
-    wanted = targets(settings, last)[count - (total - last) :]
+    begin = min(count, end)
+    wanted = targets(settings, total - begin)[count - begin :]
     if ppo.num_env_runners and wanted:
-        start_ray(ppo.address, ppo.num_env_runners)
+        start_ray(ppo.address, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
         pool = Pool(bundle, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
         options = {"target": settings.target, **environment_options(ppo)}
         yield from map(record, pool.play(policy, ENVIRONMENT, options, wanted))

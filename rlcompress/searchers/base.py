@@ -41,6 +41,13 @@ def targets(settings: Settings, count: int) -> list[float]:
     return [float(x) for x in np.geomspace(*settings.target, count)]
 
 
+def spread_order(count: int) -> list[int]:
+    """0 to count - 1: both ends, then such that the first n lie evenly for every n (van der
+    Corput, 1935), so that a search given more evaluations later goes on where it was."""
+    inner = sorted(range(1, count - 1), key=lambda i: f"{i:0{count.bit_length()}b}"[::-1])
+    return [*range(0, count, max(1, count - 1)), *inner]
+
+
 def measured(
     name: str,
     settings: Settings,

@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 from rlcompress.core.graph import Layer
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
-from rlcompress.searchers.base import Measure, Settings, measured, targets
+from rlcompress.searchers.base import Measure, Settings, measured, spread_order, targets
 
 #: Sizes solved for: more than that differ by a few channels.
 MOST_TARGETS = 24
@@ -163,7 +163,8 @@ def search(
 
     def proposals() -> Iterator[tuple[Schedule, float]]:
         program = _Program(problem)
-        for target in targets(settings, min(settings.evaluations, MOST_TARGETS)):
+        sizes = targets(settings, MOST_TARGETS)
+        for target in (sizes[i] for i in spread_order(MOST_TARGETS)):
             schedule = program.solve(problem.dense.bytes / target)
             if schedule is not None:
                 yield schedule, target

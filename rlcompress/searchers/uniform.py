@@ -11,7 +11,7 @@ import numpy as np
 
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
-from rlcompress.searchers.base import Measure, Settings, measured
+from rlcompress.searchers.base import Measure, Settings, measured, spread_order
 
 #: Keep ratios that are told apart; neighbours often give the same channels.
 RATIOS = 200
@@ -37,6 +37,5 @@ def search(
 ) -> Iterator[Record]:
     """The whole grid, or as many evenly spaced schedules of it as the evaluations pay for."""
     schedules = grid(problem, settings.target)
-    count = min(settings.evaluations, len(schedules))
-    chosen = np.linspace(0, len(schedules) - 1, count).round().astype(int)
-    return measured("uniform", settings, history, measure, ((schedules[i], None) for i in chosen))
+    proposals = ((schedules[i], None) for i in spread_order(len(schedules)))
+    return measured("uniform", settings, history, measure, proposals)

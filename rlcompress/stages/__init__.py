@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlcompress.core.errors import UserError
@@ -33,7 +33,9 @@ def _prepare(run: Workspace) -> None:
         return
     if ppo.num_env_runners:
         # In this thread: Ray's processes die with the thread that started them.
-        importlib.import_module("rlcompress.rl.cluster").start_ray(ppo.address, ppo.num_env_runners)
+        importlib.import_module("rlcompress.rl.cluster").start_ray(
+            ppo.address, ppo.num_env_runners, ppo.num_gpus_per_env_runner
+        )
     threading.Thread(
         target=importlib.import_module, args=["rlcompress.rl.ppo"], daemon=True
     ).start()
@@ -60,8 +62,11 @@ def _ahead(run: Workspace) -> Iterator[None]:
 class Run:
     """An experiment's verbs, each of which the command line calls by its name."""
 
-    def __init__(self, name: str, experiment: Experiment, folder: Path) -> None:
-        self.workspace = Workspace(name, experiment, folder)
+    def __init__(
+        self, name: str, experiment: Experiment, folder: Path, words: Sequence[str] = ()
+    ) -> None:
+        """`words`: the options of the command line, for the commands that are printed."""
+        self.workspace = Workspace(name, experiment, folder, words)
 
     def check(self) -> None:
         """Prints what would run, and how long it would take; writes nothing."""
@@ -74,10 +79,11 @@ class Run:
             train_dense(w)
             records = search_all(w)
         console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
-        console.print(f"next     rlcompress ticket {w.name}")
+        console.print(f"next     {w.next('ticket')}")
 
     def ticket(self) -> None:
         w = self.workspace
+        w.require_search()
         w.begin()
         with noise_to(w.log()):
             for _ in make_tickets(w):
@@ -86,17 +92,17 @@ class Run:
 
     def export(self) -> None:
         w = self.workspace
+        tickets = w.tickets()
+        if not tickets:
+            raise UserError(f"{w.folder}: no ticket of these options yet; {w.next('ticket')}")
         with noise_to(w.log()):
-            tickets = w.tickets()
-            if not tickets:
-                raise UserError(f"{w.folder}: no ticket yet; rlcompress ticket {w.name}")
             for path in [path for ticket in tickets for path in export(w, ticket)]:
                 console.print(path)
 
     def report(self) -> None:
         w = self.workspace
         if not (w.folder / "search" / "archive.jsonl").exists():
-            raise UserError(f"{w.folder}: nothing searched yet; rlcompress run {w.name}")
+            raise UserError(f"{w.folder}: nothing searched yet; {w.next('run')}")
         from rlcompress.report.page import write_report
 
         with noise_to(w.log()):
@@ -104,10 +110,10 @@ class Run:
         console.print(page)
 
     def run(self) -> None:
-        """All stages, then the last lines: dense -> ticket."""
-        w = self.workspace
+        """All stages, then the last lines: dense -> ticket. What cannot be exported to ONNX is
+        told at the end: it keeps nobody from the ticket."""
+        w, problems = self.workspace, list[UserError]()
         w.begin()
-        console.print(f"{w.name} in {w.folder}; the libraries' messages go to {w.log()}")
         with noise_to(w.log()):
             _prepare(w)
             train_dense(w)
@@ -115,10 +121,15 @@ class Run:
             with _ahead(w):
                 # Workers go on with the next ticket while one is exported.
                 for ticket in make_tickets(w):
-                    export(w, ticket)
+                    try:
+                        export(w, ticket)
+                    except UserError as error:
+                        problems.append(error)
             if not tracked(w):
                 from rlcompress.report.page import write_report
 
                 write_report(w.folder)
                 track(w)
         last_lines(w)
+        if problems:
+            raise UserError(*map(str, problems))

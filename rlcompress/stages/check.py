@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 
@@ -11,7 +12,6 @@ from torch import nn
 
 from rlcompress.core.cost import CostModel
 from rlcompress.core.graph import build_network
-from rlcompress.core.problem import make_bundle
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.train import Recipe, train
 from rlcompress.live import console
@@ -53,22 +53,8 @@ def check(run: Workspace) -> None:
 def _time(run: Workspace, model: nn.Module, trained: bool) -> None:
     """Measures one evaluation and a little training, and adds up what a run takes."""
     e = run.experiment
-    fit = run.data.train.sample(e.calibration.fit_images, e.seed)
     begun = time.perf_counter()
-    estimates = run.estimate(model, fit)
-    bundle = make_bundle(
-        model,
-        run.ref,
-        fit,
-        run.splits[0],
-        estimates,
-        recovery=e.search.recovery,
-        positions=e.calibration.positions,
-        cache_bytes=0,
-        seed=e.seed,
-        device=e.device,
-    )
-    problem = bundle.problem()
+    problem = run.bundle_of(model, run.estimate(model)).problem()
     prepared = time.perf_counter() - begun
     problem.require_reachable(e.search.target)
     sizes = uniform.grid(problem, e.search.target)
@@ -94,15 +80,17 @@ def _time(run: Workspace, model: nn.Module, trained: bool) -> None:
     begun = time.perf_counter()
     train(probe, sample, replace(recipe, lr=1e-4), seed=1)
     image = (time.perf_counter() - begun) / len(sample)
-    own = e.search.evaluations
-    baseline = (e.search.baseline_evaluations or own) * len(e.search.baselines)
-    runners = max(1, e.ppo.num_env_runners) if e.search.searcher == "ppo" else 1
+    own = e.search.episodes
+    baseline = (e.search.baseline_episodes or own) * len(e.search.baselines)
+    on_ray = "ppo" in (e.search.searcher, *e.search.baselines)
+    # One thread each: more runners than cores are no faster.
+    runners = min(max(1, e.ppo.num_env_runners), os.cpu_count() or 1) if on_ray else 1
     images = len(run.data.train)
     tickets = e.ticket.top + ("uniform" in e.search.baselines)
     parts = {
         "dense": 0.0 if trained else e.dense.epochs * images * image,
-        "search": prepared + episode * (own / runners + baseline),
-        "tickets": 3 * tickets * e.ticket.epochs * images * image,
+        "search": prepared + episode * (own + baseline) / runners,
+        "tickets": 3 * tickets * e.ticket.epochs * images * image / runners,
     }
     console.print(
         "to expect, about: "

@@ -38,8 +38,15 @@ def _state(run: Workspace) -> dict[str, Any]:
 
 def tracked(run: Workspace) -> bool:
     """Whether report and MLflow have all that the run folder holds (`tracked.json` says so)."""
-    marker = run.folder / "tracked.json"
-    return marker.exists() and json.loads(marker.read_text()) == _state(run)
+    state, marker = _state(run), run.folder / "tracked.json"
+    made = [run.folder / "report" / "index.html"]
+    if state["uri"] is None:
+        made.append(run.folder / "mlflow.db")
+    return (
+        marker.exists()
+        and json.loads(marker.read_text()) == state
+        and all(path.exists() for path in made)
+    )
 
 
 def track(run: Workspace) -> None:
@@ -104,9 +111,10 @@ def last_lines(run: Workspace) -> None:
     folder = run.folder / "tickets" / best["id"]
     console.print(f"ticket   {folder / 'weights.safetensors'}")
     console.print(f"report   {run.folder / 'report' / 'index.html'}")
+    trust = f", trust=['{run.ref.factory}']" if ":" in run.ref.factory else ""
     console.print(
         'next     python -c "from rlcompress.core.artifact import load_artifact; '
-        f"print(load_artifact('{folder / 'weights.safetensors'}'))\""
+        f"print(load_artifact('{folder / 'weights.safetensors'}'{trust}))\""
     )
 
 

@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from rlcompress.core.cost import CostModel
-from rlcompress.core.files import save_json, save_tensors
+from rlcompress.core.files import save_json
 from rlcompress.core.graph import build_network
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.tensors import save_tensors
 from rlcompress.core.train import Recipe, logits_of, measure, train
 from rlcompress.live import stage
 from rlcompress.spec import spec_hash
@@ -35,7 +36,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
     model.to(run.device)
     d = e.dense
     recipe = Recipe(d.epochs, d.batch_size, d.lr, d.weight_decay, d.label_smoothing, d.augment)
-    selection = run.splits[1]
+    selection, checkpoint = run.splits[1], folder / "checkpoint.safetensors"
     with stage("dense", d.epochs) as shown:
 
         def on_epoch(epoch: int, row: dict[str, Any]) -> None:
@@ -52,7 +53,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
             recipe,
             seed=e.seed,
             validation=selection,
-            checkpoint=folder / "checkpoint.safetensors",
+            checkpoint=checkpoint,
             key=inputs,
             on_epoch=on_epoch,
         )
@@ -67,4 +68,5 @@ def train_dense(run: Workspace) -> dict[str, Any]:
         "validation": measure(model, selection, logits, cost).to_dict(),
     }
     save_json(path, metrics)
+    checkpoint.unlink()
     return metrics

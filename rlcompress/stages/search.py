@@ -23,20 +23,20 @@ def search_all(run: Workspace) -> list[Record]:
         run.set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(marker, {"inputs": run.search_inputs()})
-    own = e.search.evaluations
-    budgets = dict.fromkeys(e.search.baselines, e.search.baseline_evaluations or own)
+    own = e.search.episodes
+    budgets = dict.fromkeys(e.search.baselines, e.search.baseline_episodes or own)
     budgets[e.search.searcher] = own
     records = run.archive()
     # The searcher first: Ray's first workers, warm by now, can become PPO's actors.
     for name in dict.fromkeys([e.search.searcher, *e.search.baselines]):
         finished = folder / f"{name}.done"
         mine = [r for r in records if r.searcher == name]
-        if finished.exists() and int(finished.read_text()) >= budgets[name]:
+        if finished.exists() and json.loads(finished.read_text()) >= budgets[name]:
             continue
         if len(mine) < budgets[name]:
             _search_with(run, name, budgets[name], mine, records)
         # A searcher may have fewer proposals than evaluations; that is not to be tried again.
-        finished.write_text(f"{budgets[name]}\n")
+        save_json(finished, budgets[name])
     if not (folder / "layers.json").exists():
         _describe_problem(run, folder)
     return run.archive()
@@ -103,7 +103,7 @@ def _records(
         if run.has_workers():
             from rlcompress.rl import cluster, pool
 
-            cluster.start_ray(e.address, e.num_env_runners)
+            cluster.start_ray(e.address, e.num_env_runners, e.num_gpus_per_env_runner)
             measure = pool.Pool(run.bundle, e.num_env_runners, e.num_gpus_per_env_runner).measure
         return searchers.find(name)(run.problem, settings, history, measure)
     from rlcompress.rl import ppo

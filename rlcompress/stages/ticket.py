@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,11 @@ def winners(run: Workspace, records: list[Record]) -> list[Record]:
     chosen = []
     for name, count in wanted.items():
         mine = archive_front(r for r in records if r.searcher == name)
+        if not mine and name == e.search.searcher:
+            raise UserError(
+                f"{run.folder}: {name} has measured nothing yet; "
+                f"{shlex.join(['rlcompress', 'search', run.name, '--searcher', name])}"
+            )
         feasible = [r for r in mine if r.measurement.accuracy >= floor]
         feasible.sort(key=lambda r: -r.measurement.density)
         if not feasible and mine:
@@ -56,14 +62,15 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
     """Retrains the winners with all their controls; the tickets, as they are written. Of those
     that were there already nothing is done again."""
     e, t = run.experiment, run.experiment.ticket
-    records = run.archive()
-    if not records:
-        raise UserError(f"{run.folder}: nothing searched yet; rlcompress search {run.name}")
+    run.require_search()
+    chosen = winners(run, run.archive())
     for path in sorted((run.folder / "tickets").glob("*/ticket.json")):
         if json.loads(path.read_text())["inputs"] != run.ticket_inputs():
             run.set_aside(path.parent)
+        for leftover in path.parent.glob("*.checkpoint"):
+            leftover.unlink()
     wanted = {}
-    for record in winners(run, records):
+    for record in chosen:
         folder = run.folder / "tickets" / f"{record.searcher}-{record.schedule.digest()}"
         if not (folder / "ticket.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +147,7 @@ def _player(run: Workspace) -> Player:
         return in_process
     from rlcompress.rl import arms, cluster
 
-    cluster.start_ray(ppo.address, ppo.num_env_runners)
+    cluster.start_ray(ppo.address, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
     return arms.player(num_gpus=ppo.num_gpus_per_env_runner)
 
 
@@ -178,7 +185,16 @@ def _judge(
         "ticket": tested[best].to_dict(),
         "arm": best,
         "controls": {n: m.to_dict() for n, m in tested.items() if n != best},
-        "validation": {n: m.accuracy for n, m in chosen.items()},
+        "validation": {
+            "dense": measure(dense, selection, dense_logits, dense_cost).accuracy,
+            **{n: m.accuracy for n, m in chosen.items()},
+        },
+        "floor": e.ticket.floor,
+        "input": {
+            "shape": list(run.ref.input_shape),
+            "mean": run.data.train.mean,
+            "std": run.data.train.std,
+        },
         "curves": {n: arm.curve for n, arm in arms.items() if arm.curve},
         "seed": e.seed,
         "spec_hash": run.hash,

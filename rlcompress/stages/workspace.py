@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from torch import nn
 
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import Data, Split, build_data
-from rlcompress.core.files import load_tensors, read_archive
+from rlcompress.core.errors import UserError
+from rlcompress.core.files import read_archive
 from rlcompress.core.graph import build_network
+from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.problem import Bundle, Problem, make_bundle, pick_device
 from rlcompress.core.schedule import Record
 from rlcompress.core.sensitivity import Estimates, estimate
+from rlcompress.core.tensors import load_tensors
 from rlcompress.live import console
 from rlcompress.spec import Experiment, spec_hash, write_resolved
 
@@ -32,10 +37,13 @@ def default_threads() -> int:
 
 
 class Workspace:
-    """One experiment in its run folder."""
+    """One experiment in its run folder. `words`: the options of the command line."""
 
-    def __init__(self, name: str, experiment: Experiment, folder: Path) -> None:
+    def __init__(
+        self, name: str, experiment: Experiment, folder: Path, words: Sequence[str] = ()
+    ) -> None:
         self.name, self.experiment, self.folder = name, experiment, folder
+        self.words = words
         self.hash = spec_hash(experiment)
         torch.set_flush_denormal(True)
         torch.set_num_threads(experiment.threads or default_threads())
@@ -45,9 +53,25 @@ class Workspace:
         """Whether Ray runs already or a cluster is named: starting it for a little work takes
         longer than the work."""
         ppo = self.experiment.ppo
-        ray = sys.modules.get("ray")
-        runs = ray is not None and bool(ray.is_initialized())
-        return bool(ppo.num_env_runners and (ppo.address or "RAY_ADDRESS" in os.environ or runs))
+        if not ppo.num_env_runners:
+            return False
+        if ppo.address or "RAY_ADDRESS" in os.environ:
+            return True
+        return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+    def require_search(self) -> None:
+        """Raises UserError unless there is a search, and of these very options."""
+        marker = self.folder / "search" / "inputs.json"
+        if not marker.exists() or not self.archive():
+            raise UserError(f"{self.folder}: nothing searched yet; {self.next('search')}")
+        if json.loads(marker.read_text())["inputs"] != self.search_inputs():
+            raise UserError(
+                f"{self.folder}: searched with other options than these; {self.next('search')}"
+            )
+
+    def next(self, verb: str) -> str:
+        """The command for another verb of this very run."""
+        return shlex.join(["rlcompress", verb, self.name, *self.words])
 
     def set_aside(self, path: Path) -> None:
         """Moves what was made from other options out of the way; nothing is deleted."""
@@ -61,17 +85,18 @@ class Workspace:
 
     def search_inputs(self) -> str:
         """All that gives a measurement or a proposal its meaning; not how many there are."""
+        # Without defaults: a new option orphans no old search.
+        counted = {"episodes", "baseline_episodes", "searcher", "baselines", "cache_mb"}
         search = self.experiment.search
-        counted = {"evaluations", "baseline_evaluations", "searcher", "baselines"}
-        rest = {
-            name: getattr(search, name) for name in type(search).model_fields if name not in counted
-        }
+        rest = search.model_dump(mode="json", exclude=counted, exclude_defaults=True)
         hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration", "ppo")
         return f"{hashed} {json.dumps(rest, sort_keys=True)}"
 
     def ticket_inputs(self) -> str:
         """What a schedule's ticket depends on, beside the schedule; not how many there are."""
-        ticket = self.experiment.ticket.model_dump(exclude={"top", "floor"})
+        ticket = self.experiment.ticket.model_dump(
+            mode="json", exclude={"top", "floor"}, exclude_defaults=True
+        )
         return f"{self.search_inputs()} {json.dumps(ticket, sort_keys=True)}"
 
     @functools.cached_property
@@ -90,22 +115,29 @@ class Workspace:
         calibration = self.experiment.calibration
         return self.data.score_and_selection(calibration.score_images, self.experiment.seed)
 
+    @property
+    def fit(self) -> Split:
+        """The training images that reconstructions are fitted on."""
+        e = self.experiment
+        return self.data.train.sample(e.calibration.fit_images, e.seed)
+
     @functools.cached_property
     def bundle(self) -> Bundle:
         """The search problem. Needs the dense stage."""
-        e, folder = self.experiment, self.folder / "search"
         dense = self.network("trained")
-        fit = self.data.train.sample(e.calibration.fit_images, e.seed)
-        path = folder / "estimates.safetensors"
+        path = self.folder / "search" / "estimates.safetensors"
         if path.exists():
-            estimates = Estimates.load(path)
-        else:
-            estimates = self.estimate(dense, fit)
-            estimates.save(path)
+            return self.bundle_of(dense, Estimates.load(path))
+        estimates = self.estimate(dense)
+        estimates.save(path)
+        return self.bundle_of(dense, estimates)
+
+    def bundle_of(self, dense: nn.Module, estimates: Estimates) -> Bundle:
+        e = self.experiment
         return make_bundle(
             dense,
             self.ref,
-            fit,
+            self.fit,
             self.splits[0],
             estimates,
             recovery=e.search.recovery,
@@ -119,10 +151,10 @@ class Workspace:
     def problem(self) -> Problem:
         return self.bundle.problem()
 
-    def estimate(self, dense: nn.Module, fit: Split) -> Estimates:
+    def estimate(self, dense: nn.Module) -> Estimates:
         e = self.experiment
         network = build_network(dense, self.ref.example())
-        images = fit.images(slice(0, e.calibration.estimate_images))
+        images = self.fit.images(slice(0, e.calibration.estimate_images))
         return estimate(
             dense.to(memory_format=torch.channels_last),
             network,
@@ -144,20 +176,19 @@ class Workspace:
         return read_archive(self.folder / "search" / "archive.jsonl")
 
     def tickets(self) -> list[dict[str, Any]]:
-        """All written tickets, the exported one (best on validation) of each searcher first."""
+        """All tickets of these very options: searcher by searcher, the best first."""
         paths = sorted((self.folder / "tickets").glob("*/ticket.json"))
         found = [json.loads(path.read_text()) for path in paths]
         order = [self.experiment.search.searcher, *self.experiment.search.baselines]
         inputs = self.ticket_inputs()
         current = [t for t in found if t["inputs"] == inputs and t["searcher"] in order]
-        return sorted(
-            current,
-            key=lambda t: (order.index(t["searcher"]), -t["validation"][t["arm"]], t["id"]),
-        )
+        current.sort(key=lambda t: (ticket_rank(t), t["id"]), reverse=True)
+        return sorted(current, key=lambda t: order.index(t["searcher"]))
 
     def begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_resolved(self.experiment, self.name, self.folder / "spec.yaml")
+        console.print(f"{self.name} in {self.folder}; the libraries' messages go to {self.log()}")
 
     def log(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -24,10 +24,10 @@ from rlcompress.core.artifact import (
     pack_codes,
     snap,
     unpack_codes,
-    write_artifact,
 )
 from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
+from rlcompress.core.files import save_bytes
 from rlcompress.core.prune import attach_masks, cut
 from rlcompress.core.quant import attach_fake_quant, max_code, scale_of
 from rlcompress.core.schedule import Schedule
@@ -39,7 +39,7 @@ def write(net, path, schedule, seed=0):
     bits, scales = net.quantized(small, schedule)
     scales = snap(small, net.network, bits, scales)
     counts = net.network.counts(schedule)
-    write_artifact(path, pack(small, net.network, net.ref, counts, bits, scales))
+    save_bytes(path, pack(small, net.network, net.ref, counts, bits, scales))
     return net.fake_quantized(small, bits, scales)
 
 
@@ -74,7 +74,7 @@ def test_masked_is_cut_is_written_is_read_back(net, close, scratch, choice, seed
 
     scales = snap(small, net.network, bits, scales)
     snapped = net.out(net.fake_quantized(small, bits, scales))
-    write_artifact(scratch, pack(small, net.network, net.ref, counts, bits, scales))
+    save_bytes(scratch, pack(small, net.network, net.ref, counts, bits, scales))
     close(snapped, net.out(load_artifact(scratch)))
     assert scratch.stat().st_size == CostModel(net.network).cost(schedule).bytes
 
@@ -104,7 +104,7 @@ def test_learned_steps_are_written(vgg, close, tmp_path):
     bits, scales = vgg.quantized(small, schedule)
     trained = vgg.fake_quantized(small, bits, {n: 1.5 * s for n, s in scales.items()})
     packed = pack(trained, vgg.network, vgg.ref, vgg.network.counts(schedule), bits, scales)
-    write_artifact(tmp_path / "a", packed)
+    save_bytes(tmp_path / "a", packed)
     close(vgg.out(trained), vgg.out(load_artifact(tmp_path / "a")), relative=2e-2)
 
 

@@ -29,7 +29,6 @@ def test_digits_are_997_400_400_and_disjoint(data):
     assert [len(part) for part in parts] == [997, 400, 400]
     assert len(set.union(*parts)) == 1797
     assert data.num_classes == 10
-    assert data.in_channels == 1
     assert data.example().shape == (1, 1, 32, 32)
 
 
@@ -131,7 +130,7 @@ def test_a_users_factory_of_three_data_sets(tmp_path, monkeypatch):
     data = build_data("users_own_data:parts", {})
     assert isinstance(data, Data)
     assert [len(s) for s in (data.train, data.validation, data.test)] == [6, 3, 3]
-    assert (data.num_classes, data.in_channels) == (3, 3)
+    assert (data.num_classes, data.train.raw_NCHW.shape[1]) == (3, 3)
     assert torch.equal(data.train.images()[5], torch.full((3, 8, 8), 5.0))
     with pytest.raises(UserError, match="varying shape"):
         build_data("users_own_data:varying", {})

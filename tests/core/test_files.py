@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import JsonLines, load_tensors, read_archive, save_json, save_tensors
+from rlcompress.core.files import JsonLines, read_archive, save_json
 from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.core.tensors import load_tensors, save_tensors
 
 MEASURED = Measurement(0.9, 0.3, 0.1, 1000, 200, 300, 400, 90.0)
 RECORD = Record(Schedule({"a": 0.5}, {"a": 4}), MEASURED, "ppo", 1, 7)

@@ -11,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rlcompress.core.graph import build_network
+from rlcompress.core.data import digits
+from rlcompress.core.graph import build_network, kept_mask
 from rlcompress.core.prune import attach_masks, cut, detach, first_channels, kept_channels
+from rlcompress.core.quant import attach_fake_quant
+from rlcompress.core.schedule import Schedule
+from rlcompress.core.train import Recipe, train
 
 seeds = st.integers(0, 2**16)
 
@@ -85,6 +89,46 @@ def test_masked_weights_get_no_gradient_and_stay_behind_the_mask(vgg):
     assert behind.grad[inside].abs().sum() > 0
     assert behind.grad[~inside].abs().sum() == 0
     assert torch.equal(behind, vgg.model.features[3].weight)
+
+
+def test_training_under_masks_is_training_of_the_cut(net, close):
+    """The same loss and the same network through the one training loop, for a few steps: then
+    the rounding of two convolution sizes grows apart."""
+    kept = first_channels(net.network, {n: g.channels // 2 for n, g in net.network.groups.items()})
+    small, wide = cut(net.model, net.network, kept), masked(net.model, net.network, kept)
+    for module in (*small.modules(), *wide.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # it would drop other channels in the wider network
+    images = digits(net.ref.input_shape[-1]).train.sample(64, 0)
+    recipe = Recipe(epochs=1, batch_size=16, lr=1e-3)
+    before = net.out(small)
+    one, two = (train(model, images, recipe, seed=0)[0]["loss"] for model in (small, wide))
+    assert one == pytest.approx(two, rel=1e-3)
+    moved = float((net.out(small) - before).abs().max())
+    assert float((net.out(small) - net.out(wide)).abs().max()) < 0.05 * moved
+
+
+def test_quantizers_under_masks_give_the_gradients_of_the_cut(vgg, close):
+    kept = first_channels(vgg.network, {n: g.channels // 2 for n, g in vgg.network.groups.items()})
+    schedule = Schedule({}, dict.fromkeys(vgg.network.layers, 4))
+    small = cut(vgg.model, vgg.network, kept)
+    bits, scales = vgg.quantized(small, schedule)
+    wide, narrow = copy.deepcopy(vgg.model), copy.deepcopy(small)
+    wide_scales = {}
+    for name, layer in vgg.network.layers.items():
+        out = kept_mask(layer.outputs, layer.out_channels, kept)
+        wide_scales[name] = torch.ones(layer.out_channels)
+        wide_scales[name][torch.from_numpy(out)] = scales[name]
+    attach_fake_quant(wide, vgg.network, bits, wide_scales)
+    attach_masks(wide, vgg.network, kept)
+    attach_fake_quant(narrow, vgg.network, bits, scales)
+    outputs = [model(vgg.images) for model in (wide, narrow)]
+    close(outputs[0].detach(), outputs[1].detach())
+    for output in outputs:
+        output.square().sum().backward()
+    one, two = (m.features[3].parametrizations.weight.original.grad for m in (wide, narrow))
+    close(one[: two.shape[0], : two.shape[1]], two, 1e-2)
+    assert two.abs().sum() > 0
 
 
 def test_detach_leaves_what_the_masks_computed(vgg):

@@ -46,7 +46,7 @@ def test_finds_the_optimum_that_enumeration_knows(bundle, problem, tmp_path):
 
 def test_workers_measure_what_the_driver_measures_and_the_search_goes_on(bundle, problem, tmp_path):
     settings = PPOSpec(num_env_runners=1, episodes_per_iteration=8, epochs=1)
-    budget = Settings(40, (4.0, 8.0), 0)
+    budget = Settings(43, (4.0, 8.0), 0)  # not a whole number of iterations
     rows: list[dict] = []
     records = []
     for record in ppo.search(
@@ -58,7 +58,8 @@ def test_workers_measure_what_the_driver_measures_and_the_search_goes_on(bundle,
     first = records[:19]
     rest = list(ppo.search(bundle, problem, budget, first, ppo=settings, folder=tmp_path))
     whole = [*first, *rest]
-    assert [r.evaluation for r in whole] == list(range(1, 41))
+    assert [r.evaluation for r in whole] == list(range(1, 44))
+    assert [row["evaluation"] for row in rows[:2]] == [10, 18]  # all that was played is here
     assert len({r.target for r in whole[2:34]}) == 32  # no goal is drawn twice, nor on resuming
     for record in whole[::5]:
         again = problem.evaluator.evaluate(record.schedule)
