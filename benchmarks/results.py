@@ -23,14 +23,20 @@ def figure(values: Sequence[float], unit: str) -> dict[str, Any]:
     return {"value": statistics.mean(values), "unit": unit, "sd": sd, "n": len(values)}
 
 
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+
+
 def write(name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes a result file and returns its path."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = _git("rev-parse", "HEAD") + (
+        " and changes" if _git("status", "--porcelain", "-uno") else ""
+    )
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     words = ["uv", "run", "python", "-m", module, *sys.argv[1:]]
     content = {
         "command": shlex.join(words),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "machine": {
             "cores": os.cpu_count(),
             "python": platform.python_version(),

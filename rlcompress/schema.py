@@ -186,9 +186,11 @@ class SearchSpec(_Section):
 class PPOSpec(_Section):
     """Proximal policy optimization (Schulman et al., 2017)."""
 
-    num_env_runners: int = Field(2, ge=0, description="Ray actors that play; 0 = the driver")
-    num_envs_per_env_runner: int = Field(1, ge=1, description="episodes in lockstep an actor")
-    num_gpus_per_env_runner: float = Field(0.0, ge=0, description="share of a GPU an actor")
+    num_env_runners: int = Field(
+        2, ge=0, description="Ray workers that play, measure and retrain; 0 = the driver"
+    )
+    num_envs_per_env_runner: int = Field(1, ge=1, description="episodes in lockstep a PPO worker")
+    num_gpus_per_env_runner: float = Field(0.0, ge=0, description="share of a GPU a worker")
     episodes_per_iteration: int = Field(16, ge=1, description="episodes between two updates")
     epochs: int = Field(6, ge=1, description="passes over the episodes an update")
     minibatch_size: int = Field(128, ge=1, description="steps a gradient")

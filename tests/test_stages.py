@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ import pytest
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.data import digits
+from rlcompress.core.errors import UserError
 from rlcompress.core.files import read_archive
+from rlcompress.core.schedule import Record, performance_density
 from rlcompress.core.train import top1
 
 EXPERIMENTS = """
@@ -154,6 +157,37 @@ def test_a_target_out_of_reach_is_one_line(ran):
     assert done.returncode == 2
     assert "search.target = [6.0, 9000.0]: at most" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_winners_are_the_densest_at_the_floor_on_the_front(ran):
+    """The floor is 3 points below the dense network on the score images."""
+    from rlcompress import spec
+    from rlcompress.stages import Workspace
+    from rlcompress.stages.ticket import winners
+
+    file = spec.load_experiments(ran[0] / "experiments.yaml")
+    experiment = spec.resolve(file, "tiny", ["ticket.top=2", "search.baselines=[]"])
+    run = Workspace("tiny", experiment, ran[0] / "runs" / "tiny")
+    some, dense = run.archive()[0], run.problem.dense
+
+    def made(evaluation: int, points: float, size: int, kl: float) -> Record:
+        measured = dataclasses.replace(
+            some.measurement, accuracy=dense.accuracy - points / 100, bytes=size, kl=kl,
+            density=performance_density(dense.accuracy - points / 100, size),
+        )  # fmt: skip
+        return Record(some.schedule, measured, "knapsack", 0, evaluation)
+
+    records = [
+        made(1, 0.0, 9000, 0.1),
+        made(2, 2.0, 5000, 0.2),
+        made(3, 2.9, 4000, 0.3),
+        made(4, 3.1, 3000, 0.4),  # below the floor
+        made(5, 0.0, 9000, 0.5),  # beaten by the first
+    ]
+    assert [r.evaluation for r in winners(run, records)] == [3, 2]
+    assert [r.evaluation for r in winners(run, records[3:4])] == [4]  # nothing better is there
+    with pytest.raises(UserError, match="knapsack has measured nothing"):
+        winners(run, [])
 
 
 def test_a_ticket_is_not_made_of_another_experiments_search(ran):
