@@ -36,8 +36,6 @@ def start_ray(address: str | None, workers: int, gpus: float = 0.0) -> None:
             raise UserError(f"ppo.address = {address}: no Ray cluster there: {error}") from error
     else:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # Workers on this machine use this very environment: no second `uv run` for each.
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         # Torch and RLlib take a process ten seconds, which dense training can hide.
         os.environ.setdefault("RAY_preload_python_modules", "rlcompress.rl.ppo")
         # "local": never join the dying remains of a run that was killed.
