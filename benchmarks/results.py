@@ -29,9 +29,9 @@ def _git(*words: str) -> str:
 
 def write(name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes a result file and returns its path."""
-    commit = _git("rev-parse", "HEAD") + (
-        " and changes" if _git("status", "--porcelain", "-uno") else ""
-    )
+    # This very file is rewritten after every seed.
+    changed = _git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    commit = _git("rev-parse", "HEAD") + (" and changes" if changed else "")
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     words = ["uv", "run", "python", "-m", module, *sys.argv[1:]]
     content = {
