@@ -405,5 +405,5 @@ def compare(
     kl = F.kl_div(
         logits.log_softmax(1), dense_logits.log_softmax(1), log_target=True, reduction="batchmean"
     )
-    loss, kl = (value.nan_to_num(nan=WORST, posinf=WORST) for value in (loss, kl))
-    return accuracy, min(float(loss), WORST), min(max(0.0, float(kl)), WORST)
+    loss, kl = (float(value.nan_to_num(nan=WORST).clamp(0, WORST)) for value in (loss, kl))
+    return accuracy, loss, kl

@@ -242,9 +242,6 @@ def train(
         on_epoch(state.epoch, curve[-1])
         if checkpoint is not None:
             state.save(checkpoint, key)
-    if resume is not None and resume.epoch >= recipe.epochs:
-        model.load_state_dict(resume.weights())
-        model.eval()
     return curve
 
 

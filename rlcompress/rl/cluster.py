@@ -10,6 +10,7 @@ import ray
 
 from rlcompress.core.errors import UserError
 from rlcompress.core.problem import Bundle, Problem
+from rlcompress.schema import PPOSpec
 
 OBJECT_STORE_BYTES = 2**30
 
@@ -17,10 +18,9 @@ _shared: dict[int, tuple[Bundle, Any]] = {}
 _problems: dict[str, Problem] = {}
 
 
-def start_ray(address: str | None, workers: int, gpus: float = 0.0) -> None:
-    """Connects to `address` or RAY_ADDRESS, else starts Ray on this machine, quietly, with room
-    for `workers` processes that have imported all they need by the time they are asked for.
-    `gpus` is the share of a GPU that each takes.
+def start_ray(ppo: PPOSpec) -> None:
+    """Connects to `ppo.address` or RAY_ADDRESS, else starts Ray on this machine, quietly, with room
+    for the env runners: processes that have imported all they need by the time they are asked for.
 
     Raises UserError if a cluster is named and cannot be reached, or if this machine has not the
     GPUs. (A cluster may get them later: it waits.)
@@ -28,7 +28,7 @@ def start_ray(address: str | None, workers: int, gpus: float = 0.0) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = ppo.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
             ray.init(address=address, **quiet)
@@ -41,7 +41,7 @@ def start_ray(address: str | None, workers: int, gpus: float = 0.0) -> None:
         # "local": never join the dying remains of a run that was killed.
         ray.init(
             "local",
-            num_cpus=max(1, workers),
+            num_cpus=max(1, ppo.num_env_runners),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             **quiet,
@@ -49,10 +49,11 @@ def start_ray(address: str | None, workers: int, gpus: float = 0.0) -> None:
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     there = ray.cluster_resources().get("GPU", 0.0)
-    if not address and workers * gpus > there:
+    needed = ppo.num_env_runners * ppo.num_gpus_per_env_runner
+    if not address and needed > there:
         raise UserError(
-            f"ppo.num_gpus_per_env_runner = {gpus}: {workers} env runners need {workers * gpus:g} "
-            f"GPUs, this machine has {there:g}"
+            f"ppo.num_gpus_per_env_runner = {ppo.num_gpus_per_env_runner}: {ppo.num_env_runners} "
+            f"env runners need {needed:g} GPUs, this machine has {there:g}"
         )
 
 

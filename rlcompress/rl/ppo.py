@@ -161,7 +161,7 @@ def search(
         yield record(greedy(Policy(shape), env, targets(settings, first)[count]))
 
     if count + batch <= end:
-        start_ray(ppo.address, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
+        start_ray(ppo)
         reference = share(bundle)
         weights = {n: t.numpy() for n, t in policy.state_dict().items()} if resumed else None
         algorithm = config(
@@ -195,7 +195,7 @@ def search(
     begin = min(count, end)
     wanted = targets(settings, total - begin)[count - begin :]
     if ppo.num_env_runners and wanted:
-        start_ray(ppo.address, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
+        start_ray(ppo)
         pool = Pool(bundle, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
         options = {"target": settings.target, **environment_options(ppo)}
         yield from map(record, pool.play(policy, ENVIRONMENT, options, wanted))

@@ -33,9 +33,7 @@ def _prepare(run: Workspace) -> None:
         return
     if ppo.num_env_runners:
         # In this thread: Ray's processes die with the thread that started them.
-        importlib.import_module("rlcompress.rl.cluster").start_ray(
-            ppo.address, ppo.num_env_runners, ppo.num_gpus_per_env_runner
-        )
+        importlib.import_module("rlcompress.rl.cluster").start_ray(ppo)
     threading.Thread(
         target=importlib.import_module, args=["rlcompress.rl.ppo"], daemon=True
     ).start()

@@ -103,7 +103,7 @@ def _records(
         if run.has_workers():
             from rlcompress.rl import cluster, pool
 
-            cluster.start_ray(e.address, e.num_env_runners, e.num_gpus_per_env_runner)
+            cluster.start_ray(e)
             measure = pool.Pool(run.bundle, e.num_env_runners, e.num_gpus_per_env_runner).measure
         return searchers.find(name)(run.problem, settings, history, measure)
     from rlcompress.rl import ppo

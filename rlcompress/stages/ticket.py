@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,10 +44,7 @@ def winners(run: Workspace, records: list[Record]) -> list[Record]:
     for name, count in wanted.items():
         mine = archive_front(r for r in records if r.searcher == name)
         if not mine and name == e.search.searcher:
-            raise UserError(
-                f"{run.folder}: {name} has measured nothing yet; "
-                f"{shlex.join(['rlcompress', 'search', run.name, '--searcher', name])}"
-            )
+            raise UserError(f"{run.folder}: {name} has measured nothing yet; {run.next('search')}")
         feasible = [r for r in mine if r.measurement.accuracy >= floor]
         feasible.sort(key=lambda r: -r.measurement.density)
         if not feasible and mine:
@@ -147,7 +143,7 @@ def _player(run: Workspace) -> Player:
         return in_process
     from rlcompress.rl import arms, cluster
 
-    cluster.start_ray(ppo.address, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
+    cluster.start_ray(ppo)
     return arms.player(num_gpus=ppo.num_gpus_per_env_runner)
 
 

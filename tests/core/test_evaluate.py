@@ -10,7 +10,7 @@ from torch import nn
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import Evaluator, compare
+from rlcompress.core.evaluate import WORST, Evaluator, compare
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.ticket import fitted_network, write_network
 
@@ -171,3 +171,13 @@ def test_compare_against_its_definitions():
     assert loss == pytest.approx(float(nn.functional.nll_loss(q.log(), labels)), rel=1e-5)
     assert kl == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
     assert compare(dense, dense, labels)[2] == 0.0
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_the_worst_there_is(broken):
+    dense, labels = torch.eye(4) * 5, torch.arange(4)
+    logits = dense.clone()
+    logits[0, 0] = broken
+    _, loss, kl = compare(logits, dense, labels)
+    assert loss == kl == WORST
+    assert compare(dense, dense, labels)[2] == 0

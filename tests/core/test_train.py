@@ -70,7 +70,10 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(split, tmp_path, 
     assert seen == [*range(cut_off + 1, 5)]
     for name, tensor in undisturbed.state_dict().items():
         assert torch.equal(tensor, restarted.state_dict()[name]), name
-    assert run(small_network(8), tmp_path / "c") == curve  # nothing is left to do
+    ended = small_network(8)
+    assert run(ended, tmp_path / "c") == curve  # nothing is left to do
+    assert torch.equal(ended[0].weight, undisturbed[0].weight)
+    assert not ended.training
 
 
 def test_anothers_checkpoint_is_ignored(split, tmp_path):

@@ -9,6 +9,7 @@ from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
 from rlcompress.core.ticket import Lesson, Task, in_process, starts
 from rlcompress.core.train import Recipe
+from rlcompress.schema import PPOSpec
 
 pytestmark = pytest.mark.ray
 arms = pytest.importorskip("rlcompress.rl.arms")
@@ -17,7 +18,7 @@ cluster = pytest.importorskip("rlcompress.rl.cluster")
 
 @pytest.fixture(scope="module")
 def tasks(bundle, problem):
-    cluster.start_ray(None, 2)
+    cluster.start_ray(PPOSpec())
     schedule, dense = problem.uniform(problem.keeps[-1], 4), bundle.model()
     begin = starts(schedule, problem.evaluator, bundle.ref, dense, bundle.ref.build(0), seed=0)
     return [Task(begin[arm], problem.network, schedule) for arm in ("finetuned", "fresh")]

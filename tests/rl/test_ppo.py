@@ -72,7 +72,7 @@ def test_workers_measure_what_the_driver_measures_and_the_search_goes_on(bundle,
 def test_the_pool_keeps_the_order(bundle, problem):
     from rlcompress.rl import cluster, pool
 
-    cluster.start_ray(None, 2)
+    cluster.start_ray(PPOSpec())
     schedules = [problem.uniform(k, b) for k in problem.keeps for b in problem.bits]
     measured = list(pool.Pool(bundle, workers=2).measure(schedules))
     expected = [problem.evaluator.evaluate(s) for s in schedules]
