@@ -176,6 +176,9 @@ class SearchSpec(_Section):
         Field(strict=False, min_length=1),
         AfterValidator(_distinct),
     ] = Field((2, 3, 4, 5, 6, 8), description="weight bits a layer may take, 2 to 8")
+    round_to: int = Field(
+        8, ge=1, description="surviving channels come in multiples of it (or all); 1 = any number"
+    )
     recovery: Literal["none", "bn", "reconstruct"] = Field(
         "reconstruct", description="before scoring: nothing, batch norms, or least squares"
     )

@@ -9,10 +9,10 @@ from torch import nn
 
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import digits
-from rlcompress.core.graph import build_network
 from rlcompress.core.problem import Bundle, Problem, make_bundle
 from rlcompress.core.schedule import Measurement, Schedule
 from rlcompress.core.sensitivity import estimate
+from rlcompress.core.structure import build_network
 from rlcompress.core.train import Recipe, train
 
 KEEPS = (1.0, 0.6, 0.3)
@@ -40,7 +40,7 @@ def toy_bundle(recovery: str = "reconstruct", *, epochs: int = 8, seed: int = 0)
     fit = data.train.sample(128, seed)
     network = build_network(model, ref.example())
     estimates = estimate(model, network, fit.images(), keeps=KEEPS, bits=BITS, seed=seed)
-    return make_bundle(model, ref, fit, score, estimates, recovery=recovery, positions=512)
+    return make_bundle(model, ref, network, fit, score, estimates, recovery=recovery, positions=512)
 
 
 def enumerate_schedules(problem: Problem) -> list[tuple[Schedule, Measurement]]:

@@ -1,9 +1,11 @@
 """The packed artifact: a safetensors file in which b-bit weights take b bits.
 
-One tensor, `data` (uint8), holds everything layer by layer in forward order: packed codes,
-then scales, then biases (the sizes are in `cost.py`). The safetensors metadata holds a manifest
-(JSON): how to build the network, channels per group, bits and exponents per layer, and the
-SHA-256 of itself and `data`. It is padded so that the header's length is a constant of the network.
+One tensor, `data` (uint8), holds everything in a row: layer by layer in forward order packed
+codes, scales, biases (the sizes are in `cost.py`); then the batch norms that no layer absorbs; then
+every other float tensor, in the order of the state dict. The safetensors metadata holds a manifest
+(JSON): how to build the network, the shape, bits and exponents of every layer, and the SHA-256 of
+itself and `data`. It is padded so that the header's length is a constant of the network. Integer
+buffers are left to the network's constructor.
 
 Batch norms are folded: y = gamma (W x + b - mu) / sigma + beta gives scale * gamma / sigma and
 one bias a channel. Scales and biases are float16 under one power-of-two exponent a vector, so
@@ -17,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_safetensors
 from torch import nn
 
-from rlcompress.core.cost import CostModel, header_bytes
+from rlcompress.core.codec import pack_codes, pack_float, pack_half, unpack_codes, unpack_half
+from rlcompress.core.cost import header_bytes
 from rlcompress.core.errors import UserError
-from rlcompress.core.graph import Network, build_network
+from rlcompress.core.fold import fold
+from rlcompress.core.graph import Network
 from rlcompress.core.models import BUILT_IN, build_model
-from rlcompress.core.prune import cut, first_channels
-from rlcompress.core.quant import encode, float_weight, learned_scales, max_code
-from rlcompress.core.schedule import FULL_PRECISION
+from rlcompress.core.prune import resize
+from rlcompress.core.quant import encode, float_weight, learned_scales
+from rlcompress.core.reading import NORMS
+from rlcompress.core.schedule import FULL_PRECISION, MAX_BITS, MIN_BITS
 
-FORMAT = "rlcompress/1"
+FORMAT = "rlcompress/2"
 MAX_FILE_BYTES = 2**31
+#: Of a network whose constructor must run for real.
+MAX_DENSE_NUMBERS = 2**30
 
 
 class ArtifactError(UserError):
@@ -68,106 +74,10 @@ class ModelRef:
         return torch.zeros(1, *self.input_shape)
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> bytes:
-    """Codes (any shape) as a bit string, least significant bit first, padded to a byte."""
-    unsigned = codes.ravel().astype(np.int32)
-    top = max_code(bits)
-    unsigned = (unsigned + top) // 2 if bits <= 3 else unsigned + top
-    rows = (unsigned[:, None] >> np.arange(bits)) & 1
-    return np.packbits(rows.astype(np.uint8).ravel(), bitorder="little").tobytes()
-
-
-def unpack_codes(data: bytes, count: int, bits: int) -> np.ndarray:
-    """The inverse of `pack_codes`: int32 (count,)."""
-    flat = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
-    unsigned = flat.reshape(count, bits).astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
-    top = max_code(bits)
-    return 2 * unsigned - top if bits <= 3 else unsigned - top
-
-
-def _pack_half(values: np.ndarray) -> tuple[bytes, int]:
-    """float16 bytes and the exponent e: value = float16 x 2^e, the largest one in [0.5, 1)."""
-    largest = float(np.abs(values).max(initial=0.0))
-    if not math.isfinite(largest):
-        raise ValueError("a scale or bias is not finite")
-    exponent = math.frexp(largest)[1] if largest else 0
-    return np.ldexp(values.astype(np.float64), -exponent).astype("<f2").tobytes(), exponent
-
-
-def _unpack_half(data: bytes, exponent: int) -> np.ndarray:
-    return np.ldexp(np.frombuffer(data, "<f2").astype(np.float64), exponent).astype(np.float32)
-
-
-def _norm_tensors(module: nn.Module) -> list[torch.Tensor]:
-    state = module.state_dict()
-    return [t for name, t in state.items() if name != "num_batches_tracked"]
-
-
-def _fold(module: nn.Module, norm: nn.Module | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Factor and bias (float64, per output channel) of a layer with its batch norm folded in."""
-    out = module.weight.shape[0]  # type: ignore[union-attr]
-    bias = module.bias.detach().double() if module.bias is not None else None  # type: ignore[union-attr, operator]
-    if norm is None:
-        return np.ones(out), None if bias is None else bias.cpu().numpy()
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gamma = norm.weight.detach().double() if norm.affine else torch.ones(out, dtype=torch.double)
-    beta = norm.bias.detach().double() if norm.affine else torch.zeros(out, dtype=torch.double)
-    factor = gamma / (norm.running_var.double() + norm.eps).sqrt()
-    shift = beta - norm.running_mean.double() * factor
-    if bias is not None:
-        shift = shift + bias * factor
-    return factor.cpu().numpy(), shift.cpu().numpy()
-
-
-def _half(values: torch.Tensor) -> torch.Tensor:
-    """What `_pack_half` makes of them."""
-    return torch.from_numpy(_unpack_half(*_pack_half(values.double().cpu().numpy()))).double()
-
-
-@torch.no_grad()
-def snap(
-    model: nn.Module,
-    network: Network,
-    bits: Mapping[str, int],
-    scales: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """Rounds `model` in place to what an artifact can hold; returns the rounded scale_O.
-
-    After it, packing and loading change nothing but the order of float operations. The batch
-    norms' gamma and beta take up the rounding; without one, the scale and the bias do.
-    """
-    modules = dict(model.named_modules())
-    rounded = dict(scales)
-    for name, layer in network.layers.items():
-        if bits.get(name, FULL_PRECISION) == FULL_PRECISION:
-            continue
-        module = modules[name]
-        norm = modules[layer.batch_norm] if layer.batch_norm else None
-        factor_np, bias_np = _fold(module, norm)
-        factor, scale = torch.from_numpy(factor_np), scales[name].double().cpu()
-        target = _half(scale * factor)
-        bias = None if bias_np is None else _half(torch.from_numpy(bias_np))
-        if norm is None:
-            rounded[name] = target.to(scales[name])
-            if bias is not None:
-                module.bias.copy_(bias)  # type: ignore[union-attr, operator]
-            continue
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert bias is not None
-        ratio = torch.where(scale * factor != 0, target / (scale * factor), torch.ones_like(scale))
-        norm.weight.mul_(ratio.to(norm.weight))
-        norm.bias.zero_()
-        norm.bias.copy_(bias - torch.from_numpy(_fold(module, norm)[1]))
-    return rounded
-
-
 def pack(
     model: nn.Module,
     network: Network,
     ref: ModelRef,
-    counts: Mapping[str, int],
     bits: Mapping[str, int],
     scales: Mapping[str, torch.Tensor],
 ) -> bytes:
@@ -175,46 +85,53 @@ def pack(
 
     model   the cut network, its weights floats (fake quantizers may still be attached: their
             learned scales are used, and `scales` is for the layers without one)
-    counts  group -> channels in it;  bits  layer -> weight bits;  scales  layer -> scale_O
+    bits    layer -> weight bits;  scales  layer -> scale_O
+
+    Raises UserError if a number is not finite, or the manifest does not fit the header.
     """
     scales = {**scales, **learned_scales(model)}
     modules = dict(model.named_modules())
+    place = {name: i for i, name in enumerate(network.modules)}
     pieces: list[bytes] = []
-    exponents: list[list[int]] = []
+    layers: list[list[int]] = []
     for name, layer in network.layers.items():
         module = modules[name]
         norm = modules[layer.batch_norm] if layer.batch_norm else None
-        factor, bias = _fold(module, norm)
+        factor, bias = fold(module, norm)
         weight = float_weight(module)
         layer_bits = bits.get(name, FULL_PRECISION)
         shifts = [0, 0]
         if layer_bits == FULL_PRECISION:
             folded = weight.double().cpu().numpy() * factor.reshape(-1, *[1] * (weight.dim() - 1))
-            pieces.append(folded.astype("<f4").tobytes())
+            pieces.append(pack_float(folded, name))
             if bias is not None:
-                pieces.append(bias.astype("<f4").tobytes())
+                pieces.append(pack_float(bias, name))
         else:
             scale = scales[name].to(weight)
             codes = encode(weight, scale, layer_bits).cpu().numpy()
             pieces.append(pack_codes(codes, layer_bits))
-            data, shifts[0] = _pack_half(scale.double().cpu().numpy() * factor)
+            data, shifts[0] = pack_half(scale.double().cpu().numpy() * factor, name)
             pieces.append(data)
             if bias is not None:
-                data, shifts[1] = _pack_half(bias)
+                data, shifts[1] = pack_half(bias, name)
                 pieces.append(data)
-        exponents.append(shifts)
-    for rest in network.norms:
-        pieces += [
-            t.float().cpu().numpy().astype("<f4").tobytes()
-            for t in _norm_tensors(modules[rest.name])
-        ]
+        absorbed = place[layer.batch_norm] if layer.batch_norm else -1
+        out, fan = weight.shape[:2]
+        layers.append([place[name], out, fan, layer_bits, *shifts, absorbed])
+    norms = []
+    for free in network.norms:
+        norm = modules[free.name]
+        pieces += [pack_float(getattr(norm, t), free.name) for t in _float_names(norm)]
+        norms.append([place[free.name], norm.num_features])  # type: ignore[union-attr]
+    state = model.state_dict()
+    pieces += [pack_float(state[name], name) for name in network.rest]
     data = b"".join(pieces)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "model": [ref.factory, dict(ref.args), ref.num_classes, list(ref.input_shape)],
-        "keep": [int(counts[g]) for g in network.groups],
-        "bits": [int(bits.get(n, FULL_PRECISION)) for n in network.layers],
-        "exponents": exponents,
+        "layers": layers,
+        "norms": norms,
+        "unused": [place[name] for name in network.unused],
     }
     manifest["sha256"] = _digest(manifest, data)
     text = json.dumps(manifest, separators=(",", ":"))
@@ -259,6 +176,33 @@ def _manifest(path: Path) -> tuple[dict[str, Any], bytes]:
     return manifest, raw
 
 
+def _float_names(norm: nn.Module) -> list[str]:
+    return [name for name, t in norm.state_dict().items() if t.is_floating_point()]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's line in the manifest; `out` and `fan` are its weight's first two dimensions."""
+
+    module: int
+    out: int
+    fan: int
+    bits: int
+    scale_exponent: int
+    bias_exponent: int
+    norm: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a file holds: the network (eval mode, float32, batch norms folded) and, for the layers
+    below 32 bits, bits and scale_O: their weights are integer codes x scale_O."""
+
+    model: nn.Module
+    bits: Mapping[str, int]
+    scales: Mapping[str, torch.Tensor]
+
+
 def load_artifact(path: Path | str, *, trust: Collection[str] = ()) -> nn.Module:
     """The network in an artifact, in eval mode, float32, batch norms folded.
 
@@ -267,6 +211,11 @@ def load_artifact(path: Path | str, *, trust: Collection[str] = ()) -> nn.Module
     whatever its author likes. Raises ArtifactError on a file that names another, or that is
     not an intact artifact.
     """
+    return read_artifact(path, trust=trust).model
+
+
+def read_artifact(path: Path | str, *, trust: Collection[str] = ()) -> Artifact:
+    """`load_artifact`, with bits and scales."""
     path = Path(path)
     manifest, data = _manifest(path)
     try:
@@ -278,62 +227,177 @@ def load_artifact(path: Path | str, *, trust: Collection[str] = ()) -> nn.Module
                     f"load_artifact(path, trust=[{factory!r}])"
                 )
             ref = ModelRef(str(factory), dict(args), int(num_classes), tuple(map(int, input_shape)))
-            model = ref.build()
-            network = build_network(model, ref.example())
-            counts = dict(zip(network.groups, manifest["keep"], strict=True))
-            bits = dict(zip(network.layers, manifest["bits"], strict=True))
-            allowed = {FULL_PRECISION, *range(2, 9)}
-            for group, count in counts.items():
-                if not 1 <= count <= network.groups[group].channels:
-                    raise ValueError(f"{count} channels in group {group!r}")
-            if not set(bits.values()) <= allowed:
-                raise ValueError(f"bits {sorted(set(bits.values()) - allowed)}")
-            costs = CostModel(network)
-            size = costs.bytes(np.array([list(counts.values())]), np.array([list(bits.values())]))
-            if int(size[0]) - costs.header != len(data):
-                raise ValueError(f"{len(data)} bytes of data, the manifest needs {int(size[0])}")
-            small = cut(model, network, first_channels(network, counts))
-            _fill(small, network, bits, manifest["exponents"], data)
+            layers = [_Layer(*map(_small_int, line)) for line in manifest["layers"]]
+            norms = [tuple(map(_small_int, line)) for line in manifest["norms"]]
+            unused = [_small_int(i) for i in manifest["unused"]]
+            # Without memory behind it: what a file asks for may be anything.
+            skeleton = _skeleton(ref)
+            artifact = None
+            if skeleton is not None:
+                dense = sum(parameter.numel() for parameter in skeleton.parameters())
+                artifact = _fill(_shaped(skeleton, layers, norms, unused), layers, norms, data)
+                if dense > MAX_DENSE_NUMBERS and not _whole(artifact.model):
+                    raise ValueError(f"it asks for a network of {dense} parameters")
+            if artifact is None or not _whole(artifact.model):
+                shaped = _shaped(ref.build(), layers, norms, unused)
+                artifact = _fill(shaped, layers, norms, data)
     except Exception as error:  # whatever a stranger's manifest makes torch or a factory raise
+        if isinstance(error, ArtifactError):
+            raise
         raise ArtifactError(f"{path}: not an intact rlcompress artifact: {error}") from error
-    return small.eval()
+    return artifact
+
+
+def _small_int(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > 2**24:
+        raise ValueError(f"{value!r} where a number belongs")
+    return value
+
+
+def _skeleton(ref: ModelRef) -> nn.Module | None:
+    """The network without memory; None if its constructor needs real numbers."""
+    try:
+        with torch.device("meta"):
+            return ref.build()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        if ref.factory in BUILT_IN:
+            raise
+        return None
+
+
+def _whole(model: nn.Module) -> bool:
+    """Whether nothing is left without memory: the constructor's own constants would be."""
+    return not any(
+        isinstance(value, torch.Tensor) and value.is_meta
+        for module in model.modules()
+        for value in (
+            *module._parameters.values(),
+            *module._buffers.values(),
+            *vars(module).values(),
+        )
+    )
+
+
+@dataclass
+class _Shaped:
+    """A network whose layers have the file's shapes, and no weights yet."""
+
+    model: nn.Module
+    names: list[str]
+    absorbed: list[int]
+
+
+def _shaped(
+    model: nn.Module, layers: list[_Layer], norms: list[tuple[int, ...]], unused: list[int]
+) -> _Shaped:
+    """Gives the modules of a freshly built network the shapes that the manifest says, in place.
+
+    Raises ValueError if they are not this network's.
+    """
+    named = list(model.named_modules())
+    modules = [module for _, module in named]
+
+    def pick(index: int, *kinds: type[nn.Module]) -> nn.Module:
+        if not 0 <= index < len(modules) or (kinds and not isinstance(modules[index], kinds)):
+            raise ValueError(f"module {index} is not a {' or '.join(k.__name__ for k in kinds)}")
+        return modules[index]
+
+    if len({layer.module for layer in layers}) < len(layers):
+        raise ValueError("a layer is named twice")
+    for layer in layers:
+        module = pick(layer.module, nn.Conv2d, nn.Linear)
+        out, fan, *kernel = module.weight.shape  # type: ignore[union-attr]
+        if not (1 <= layer.out <= out and 1 <= layer.fan <= fan):
+            raise ValueError(f"a layer of {layer.out} x {layer.fan} where {out} x {fan} belongs")
+        if layer.bits not in (FULL_PRECISION, *range(MIN_BITS, MAX_BITS + 1)):
+            raise ValueError(f"bits {layer.bits}")
+        weight = torch.empty(layer.out, layer.fan, *kernel, device=module.weight.device)  # type: ignore[union-attr]
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.norm >= 0:
+            pick(layer.norm, *NORMS)
+        if module.bias is not None or layer.norm >= 0:
+            bias = torch.empty(layer.out, device=weight.device)
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        resize(module)
+    for index, count in norms:
+        norm = pick(index, *NORMS)
+        if not 1 <= count <= norm.num_features:  # type: ignore[union-attr, operator]
+            raise ValueError(f"{count} channels in a batch norm")
+        norm.num_features = count
+        for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
+            if tensor.is_floating_point():
+                short = tensor.detach()[:count].clone()
+                setattr(norm, name, nn.Parameter(short) if name in norm._parameters else short)
+    for index in unused:
+        pick(index)
+        model.set_submodule(named[index][0], nn.Identity())
+    return _Shaped(model, [name for name, _ in named], [la.norm for la in layers if la.norm >= 0])
+
+
+def _put(module: nn.Module, name: str, values: torch.Tensor) -> None:
+    if name in module._parameters:
+        values = nn.Parameter(values, requires_grad=False)  # type: ignore[assignment]
+    setattr(module, name, values)
 
 
 def _fill(
-    model: nn.Module,
-    network: Network,
-    bits: Mapping[str, int],
-    exponents: list[list[int]],
-    data: bytes,
-) -> None:
+    shaped: _Shaped, layers: list[_Layer], norms: list[tuple[int, ...]], data: bytes
+) -> Artifact:
+    """Reads all tensors. Raises ValueError if the data are longer or shorter than they must be."""
+    model, names = shaped.model, shaped.names
     modules = dict(model.named_modules())
     view, at = memoryview(data), 0
 
     def take(length: int) -> bytes:
         nonlocal at
         at += length
+        if at > len(view):
+            raise ValueError(f"{len(view)} bytes of data, the network needs more")
         return bytes(view[at - length : at])
 
-    for (name, layer), shifts in zip(network.layers.items(), exponents, strict=True):
+    def floats(module: nn.Module, name: str) -> None:
+        shape = getattr(module, name).shape
+        values = np.frombuffer(take(4 * shape.numel()), "<f4").copy()
+        _put(module, name, torch.from_numpy(values).reshape(shape))
+
+    bits: dict[str, int] = {}
+    scales: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        name = names[layer.module]
         module = modules[name]
-        shape = module.weight.shape
-        out, count = shape[0], shape.numel()
-        has_bias = layer.has_bias or layer.batch_norm is not None
-        if bits[name] == FULL_PRECISION:
-            weight = np.frombuffer(take(4 * count), "<f4").reshape(shape)
-            bias = np.frombuffer(take(4 * out), "<f4") if has_bias else None
-        else:
-            packed = take(-(-count * bits[name] // 8))
-            codes = unpack_codes(packed, count, bits[name]).reshape(shape)
-            scale = _unpack_half(take(2 * out), shifts[0])
-            weight = codes.astype(np.float32) * scale.reshape(-1, *[1] * (len(shape) - 1))
-            bias = _unpack_half(take(2 * out), shifts[1]) if has_bias else None
-        module.weight = nn.Parameter(torch.from_numpy(weight.copy()), requires_grad=False)
-        if bias is not None:
-            module.bias = nn.Parameter(torch.from_numpy(bias.copy()), requires_grad=False)
-        if layer.batch_norm:
-            parent, _, child = layer.batch_norm.rpartition(".")
-            setattr(model.get_submodule(parent), child, nn.Identity())
-    for norm in network.norms:
-        for tensor in _norm_tensors(modules[norm.name]):
-            tensor.copy_(torch.from_numpy(np.frombuffer(take(4 * tensor.numel()), "<f4").copy()))
+        if layer.bits == FULL_PRECISION:
+            floats(module, "weight")
+            if module.bias is not None:
+                floats(module, "bias")
+            continue
+        shape = module.weight.shape  # type: ignore[union-attr]
+        packed = take(-(-shape.numel() * layer.bits // 8))
+        codes = unpack_codes(packed, shape.numel(), layer.bits).astype(np.float32)
+        scale_O = torch.from_numpy(unpack_half(take(2 * layer.out), layer.scale_exponent))
+        column = scale_O.view(-1, *[1] * (len(shape) - 1))
+        _put(module, "weight", torch.from_numpy(codes).reshape(shape) * column)
+        bits[name], scales[name] = layer.bits, scale_O
+        if module.bias is not None:
+            bias = unpack_half(take(2 * layer.out), layer.bias_exponent)
+            _put(module, "bias", torch.from_numpy(bias))
+    for index in shaped.absorbed:
+        model.set_submodule(names[index], nn.Identity())
+    owned = {names[layer.module] for layer in layers}
+    for index, _ in norms:
+        norm = modules[names[index]]
+        owned.add(names[index])
+        for name in _float_names(norm):
+            floats(norm, name)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = torch.tensor(0)
+    for name, tensor in model.state_dict().items():
+        module_name, _, leaf = name.rpartition(".")
+        mine = module_name in owned and (
+            leaf in ("weight", "bias")
+            or not isinstance(modules[module_name], nn.Conv2d | nn.Linear)
+        )
+        if tensor.is_floating_point() and not mine:
+            floats(modules[module_name], leaf)
+    if at != len(data):
+        raise ValueError(f"{len(data)} bytes of data, the network needs {at}")
+    return Artifact(model.eval(), bits, scales)

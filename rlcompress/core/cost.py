@@ -7,12 +7,14 @@ The packed artifact (`artifact.py`) holds, for every layer,
     bias      2 bytes an output channel (4 at 32 bits), if the layer has one after its batch
               norm has been folded in
 
-then 4 bytes for each number of a normalisation that no layer absorbs, and a header whose
-length is a constant of the network (`header_bytes`). `bytes` is exactly the file's size.
+then 4 bytes for each number of a batch norm that no layer absorbs and of every other float tensor
+(layer norms, embeddings, ...), and a header whose length is a constant of the network
+(`header_bytes`). `bytes` is exactly the file's size.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,17 +23,18 @@ from rlcompress.core.graph import Link, Network
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, performance_density
 
 ACTIVATION_BITS = 32
-_HEADER_BASE = 1024
-_HEADER_PER_ENTRY = 16
+_HEADER_BASE, _HEADER_PER_LAYER, _HEADER_PER_NORM = 1024, 40, 16
 
 
 def header_bytes(network: Network) -> int:
     """Bytes of the artifact's header: room for the manifest, a constant of the network.
 
-    A kilobyte and 16 bytes a layer and a group, rounded up to 64.
+    A kilobyte, 40 bytes a layer and 16 a batch norm that no layer absorbs (or a module that is
+    left out), rounded up to 64.
     """
-    entries = len(network.layers) + len(network.groups)
-    return -(-(_HEADER_BASE + _HEADER_PER_ENTRY * entries) // 64) * 64
+    more = _HEADER_PER_LAYER * len(network.layers)
+    more += _HEADER_PER_NORM * (len(network.norms) + len(network.unused))
+    return -(-(_HEADER_BASE + more) // 64) * 64
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,13 @@ class CostModel:
         self._depthwise_L = np.array([x.kind == "depthwise" for x in layers])
         self._kernel_L = np.array([x.kernel for x in layers], dtype=np.int64)
         self._positions_L = np.array([x.positions for x in layers], dtype=np.int64)
+        #: numbers of the network that no choice changes
+        self.rest = sum(math.prod(shape) for shape in network.rest.values())
         self._bias_L = np.array([x.has_bias or x.batch_norm is not None for x in layers])
 
-    def rows(self, schedule: Schedule, round_to: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
         """counts_SG and bits_SL of one schedule (S = 1)."""
-        counts = self.network.counts(schedule, round_to)
+        counts = self.network.counts(schedule)
         counts_G = np.array([counts[g] for g in self.network.groups], dtype=np.int64)
         bits_L = np.array([schedule.width(name) for name in self.network.layers], dtype=np.int64)
         return counts_G[None], bits_L[None]
@@ -124,12 +129,12 @@ class CostModel:
     def bytes(self, counts_SG: np.ndarray, bits_SL: np.ndarray) -> np.ndarray:
         """(S,) size of the artifact on disk."""
         norm_SN = counts_SG @ self._norm_GN + self._norm_const_N
-        rest_S = 4 * (norm_SN * self._norm_vectors_N).sum(1)
+        rest_S = 4 * ((norm_SN * self._norm_vectors_N).sum(1) + self.rest)
         return self.header + self.layer_bytes(counts_SG, bits_SL).sum(1) + rest_S
 
-    def cost(self, schedule: Schedule, round_to: int = 1) -> Cost:
+    def cost(self, schedule: Schedule) -> Cost:
         """Everything about one schedule."""
-        counts_SG, bits_SL = self.rows(schedule, round_to)
+        counts_SG, bits_SL = self.rows(schedule)
         weights_SL, out_SL = self.weights(counts_SG)
         macs_SL = weights_SL * self._positions_L
         norm_SN = counts_SG @ self._norm_GN + self._norm_const_N
@@ -139,6 +144,7 @@ class CostModel:
                 weights_SL.sum()
                 + (out_SL * self._bias_L).sum()
                 + (norm_SN * self._norm_vectors_N).sum()
+                + self.rest
             ),
             macs=int(macs_SL.sum()),
             bops=int((macs_SL * bits_SL).sum()) * ACTIVATION_BITS,

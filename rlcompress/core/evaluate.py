@@ -1,10 +1,12 @@
-"""Scores schedules on calibration data, layer by layer.
+"""Scores schedules on calibration data.
 
-Layer t's activations depend only on choices up to t. So a candidate is one forward pass, cut
-into a segment a layer: `begin` -> `advance` once a layer -> `finish`. What the layers see is
-physically cut, batch norms are re-estimated as the forward passes them, and each layer is
-refitted in closed form to what the dense network puts out there (`recovery`). Equal prefixes
-are computed once: their live activations stay in an LRU cache bounded in bytes.
+A candidate is one forward pass in which each layer, as it is reached, is cut, refitted in closed
+form to what the dense network puts out there, and quantized; batch norms are re-estimated as the
+forward passes them (`recovery`). Layer t's input depends only on choices up to t, so the pass is
+given step by step: `begin` -> `advance` once a layer -> `finish`.
+
+This file holds what one layer's step is. `incremental` runs the pass a segment at a time over the
+traced network, `whole` runs the model's own code again and again where that cannot be traced.
 
 The batch holds F images that are fitted and, behind them, S images that are only scored; the
 two never overlap. N = F + S.
@@ -12,23 +14,25 @@ two never overlap. N = F + S.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional as F
 
+from rlcompress.core.calls import Call, layer_weights
 from rlcompress.core.cost import CostModel
-from rlcompress.core.graph import LayerModule, Network, kept_mask, trace
+from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import fake_quantize, layer_outputs, scale_of, unexplained
 from rlcompress.core.reconstruct import Positions, patches, refit, sample_positions
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule
 from rlcompress.core.sensitivity import Estimates
+from rlcompress.core.trace import TraceError
 
 RECOVERIES = ("none", "bn", "reconstruct")
 
@@ -38,7 +42,8 @@ WORST = 1e4
 
 @dataclass(frozen=True)
 class FittedLayer:
-    """A layer as the evaluator left it: cut and refitted floats, scales, batch statistics."""
+    """A layer as the evaluator left it: cut and refitted floats, scales, and the statistics of
+    the batch norm that it absorbs."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -49,61 +54,39 @@ class FittedLayer:
 
 @dataclass
 class Prefix:
-    """A partly compressed network: the choices so far and the activations still needed.
+    """A partly compressed network: the choices so far and what later layers need.
 
+    live         activations (an incremental evaluator's own keys)
     unexplained  one number in [0, 1] a layer done: share of its outputs' variance that the
                  dense outputs keep to themselves (mean over surviving channels)
+    fitted       what each layer became, where it was asked for;  norms  statistics (mean,
+                 variance) of the batch norms that no layer absorbs
     """
 
     choices: tuple[tuple[float, int], ...]
-    live: dict[fx.Node, torch.Tensor]
+    live: dict[Any, torch.Tensor]
     kept: dict[str, np.ndarray]
     unexplained: tuple[float, ...]
     fitted: dict[str, FittedLayer] = field(default_factory=dict)
+    norms: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        storages = {t.untyped_storage().data_ptr(): t for t in self.live.values()}
+        tensors = (t for t in self.live.values() if isinstance(t, torch.Tensor))
+        storages = {t.untyped_storage().data_ptr(): t for t in tensors}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
-class PrefixCache:
-    """Least recently used prefixes, at most `max_bytes` of activations."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = self.hits = self.misses = 0
-        self._entries: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
-
-    def get(self, choices: tuple[Any, ...]) -> Prefix | None:
-        prefix = self._entries.get(choices)
-        if prefix is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(choices)
-        return prefix
-
-    def put(self, prefix: Prefix) -> None:
-        size = prefix.nbytes()
-        if size > self.max_bytes or prefix.choices in self._entries:
-            return
-        self._entries[prefix.choices] = prefix
-        self.bytes += size
-        while self.bytes > self.max_bytes:
-            _, old = self._entries.popitem(last=False)
-            self.bytes -= old.nbytes()
-
-
 @dataclass(frozen=True)
-class _Segment:
-    """The nodes from one layer up to the next, and the values that later nodes still read."""
+class Step:
+    """One layer done: what it puts out, its parameters, and its unexplained share."""
 
-    nodes: tuple[fx.Node, ...]
-    needed: frozenset[fx.Node]
+    y: torch.Tensor
+    fitted: FittedLayer
+    residue: float
 
 
-class Evaluator:
-    """Measures schedules of one network. Holds no state between schedules but its cache.
+class Evaluator(ABC):
+    """Measures schedules of one network. `build_evaluator` makes the right one.
 
     model      the trained dense network;  network  its structure
     fit        images (F, C, H, W), unlabelled: batch norms and reconstruction
@@ -112,6 +95,9 @@ class Evaluator:
     recovery   "none", "bn" (batch norms re-estimated) or "reconstruct" (and layers refitted)
     positions  sampled output positions a layer for the refit
     """
+
+    #: Why evaluations run the whole network each time; empty if they need not.
+    slow: str = ""
 
     def __init__(
         self,
@@ -124,7 +110,6 @@ class Evaluator:
         *,
         recovery: str = "reconstruct",
         positions: int = 2048,
-        cache_bytes: int = 256 * 2**20,
         seed: int = 0,
     ) -> None:
         if recovery not in RECOVERIES:
@@ -132,228 +117,59 @@ class Evaluator:
         self.network, self.estimates, self.recovery = network, estimates, recovery
         self.costs = CostModel(network)
         self.layers = list(network.layers.values())
-        self.cache = PrefixCache(cache_bytes)
-        self.fit_count = len(fit)
+        self.fit_count, self._count = len(fit), len(fit) + len(score)
         self._labels = labels
-        self._fx = trace(model, fit[:1])
-        self._modules = dict(self._fx.named_modules())
+        self._dense = dict(model.named_modules())
+        self._weights = {n: w for n, w in layer_weights(model).items() if n in network.layers}
         self._order = {
             name: np.argsort(-estimates.importance[name], kind="stable") for name in network.groups
         }
-        self._segments = self._split()
-        batch = torch.cat([fit, score]).contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode():
-            start = self._run_nodes(self._segments[0], {}, batch)
-            self._start = Prefix((), start, {}, ())
-            self._positions: list[Positions] = []
-            self._targets: list[torch.Tensor] = []
-            self._dense_logits = self._dense_pass(positions, seed)
-        self.dense = self._measure(Schedule(), self._dense_logits)
+        self._batch = torch.cat([fit, score]).contiguous(memory_format=torch.channels_last)
+        self._positions_wanted = positions
+        self._generator = torch.Generator().manual_seed(seed)
+        self._targets: dict[str, tuple[Positions, torch.Tensor]] = {}
 
-    # --- structure -------------------------------------------------------------------------
+    # --- the pass ----------------------------------------------------------------------------
 
-    def _split(self) -> list[_Segment]:
-        """Segment 0 is what precedes the first layer; segment t + 1 begins at layer t."""
-        names = [layer.name for layer in self.layers]
-        pieces: list[list[fx.Node]] = [[]]
-        for node in self._fx.graph.nodes:
-            if node.op == "call_module" and node.target in names:
-                pieces.append([])
-            if node.op != "output":
-                pieces[-1].append(node)
-            else:
-                (self._output,) = node.all_input_nodes
-        index = {node: i for i, piece in enumerate(pieces) for node in piece}
-        segments = []
-        for i, piece in enumerate(pieces):
-            needed = {
-                node
-                for node, j in index.items()
-                if j <= i
-                and (node is self._output or any(index.get(u, -1) > i for u in node.users))
-            }
-            segments.append(_Segment(tuple(piece), frozenset(needed)))
-        return segments
-
-    def _module(self, name: str) -> LayerModule:
-        module = self._modules[name]
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        return module
-
-    # --- running ---------------------------------------------------------------------------
-
-    def _run_nodes(
-        self,
-        segment: _Segment,
-        live: Mapping[fx.Node, torch.Tensor],
-        batch: torch.Tensor | None = None,
-        layer_output: torch.Tensor | None = None,
-        norm: tuple[str, torch.Tensor] | None = None,
-    ) -> dict[fx.Node, torch.Tensor]:
-        """Executes a segment. `layer_output` stands for its first node, `norm` for the result
-        of the batch norm behind that."""
-        values: dict[fx.Node, Any] = dict(live)
-
-        def value(node: fx.Node) -> Any:
-            return values[node]
-
-        for i, node in enumerate(segment.nodes):
-            if layer_output is not None and i == 0:
-                values[node] = layer_output
-            elif norm is not None and node.op == "call_module" and node.target == norm[0]:
-                values[node] = norm[1]
-            elif node.op == "placeholder":
-                values[node] = batch
-            elif node.op == "get_attr":
-                values[node] = self._attribute(str(node.target))
-            else:
-                args = fx.node.map_arg(node.args, value)
-                kwargs = fx.node.map_arg(node.kwargs, value)
-                if node.op == "call_module":
-                    values[node] = self._modules[str(node.target)](*args, **kwargs)
-                elif node.op == "call_function":
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-                else:
-                    values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return {node: values[node] for node in segment.needed}
-
-    def _attribute(self, target: str) -> Any:
-        owner, _, name = target.rpartition(".")
-        return getattr(self._fx.get_submodule(owner), name)
-
-    def _dense_pass(self, positions: int, seed: int) -> torch.Tensor:
-        """Runs the dense network once; keeps its pre-activations at the sampled positions."""
-        generator = torch.Generator().manual_seed(seed)
-        live = self._start.live
-        for layer, segment in zip(self.layers, self._segments[1:], strict=True):
-            x = live[segment.nodes[0].all_input_nodes[0]]
-            y = self._module(layer.name)(x)
-            at = sample_positions(y.shape, self.fit_count, positions, generator)
-            self._positions.append(at)
-            self._targets.append(at.outputs(y[: self.fit_count]).clone())
-            live = self._run_nodes(segment, live, layer_output=y)
-        return live[self._output][self.fit_count :]
-
+    @abstractmethod
     def begin(self) -> Prefix:
         """Nothing decided yet."""
-        return self._start
 
+    @abstractmethod
     def advance(self, prefix: Prefix, keep: float, bits: int, *, collect: bool = False) -> Prefix:
         """Decides the next layer: its group's `keep`, where this layer owns the group (else it
         is ignored), and its weight `bits`. Returns a new prefix; `prefix` stays valid.
 
         `collect` gathers what each layer became in `Prefix.fitted`, for `ticket.fitted_network`.
         """
-        layer = self.layers[len(prefix.choices)]
-        group = self.network.owned_group(layer.name)
-        choices = (*prefix.choices, (keep if group else 1.0, bits))
-        if not collect and (cached := self.cache.get(choices)) is not None:
-            return cached
-        with torch.inference_mode():
-            result = self._advance(prefix, choices, collect)
-        if not collect:
-            self.cache.put(result)
-        return result
 
-    def _advance(
-        self, prefix: Prefix, choices: tuple[tuple[float, int], ...], collect: bool
-    ) -> Prefix:
-        t = len(prefix.choices)
-        layer, segment = self.layers[t], self._segments[t + 1]
-        module, (keep, bits) = self._module(layer.name), choices[-1]
-        kept = dict(prefix.kept)
-        if group := self.network.owned_group(layer.name):
-            mask = np.zeros(group.channels, dtype=bool)
-            mask[self._order[group.name][: group.count(keep)]] = True
-            kept[group.name] = mask
-        in_mask = kept_mask(layer.inputs, layer.in_channels, kept)
-        out_mask = kept_mask(layer.outputs, layer.out_channels, kept)
-        out = torch.from_numpy(np.flatnonzero(out_mask))
-        depthwise = layer.kind == "depthwise"
+    @abstractmethod
+    def finish(self, prefix: Prefix) -> Measurement:
+        """The measurement of a prefix in which every layer is decided."""
 
-        weight = module.weight
-        if not out_mask.all():
-            weight = weight[out]
-        if not depthwise and not in_mask.all():
-            weight = weight[:, torch.from_numpy(np.flatnonzero(in_mask))]
-        bias = module.bias if module.bias is None or out_mask.all() else module.bias[out]
-        x = prefix.live[segment.nodes[0].all_input_nodes[0]]
-        conv_groups = len(out) if depthwise else layer.conv_groups
-        at, target_PO = self._positions[t], self._targets[t]
-        if not out_mask.all():
-            target_PO = target_PO[:, out]
-        untouched = bool(out_mask.all()) and bits == FULL_PRECISION and not self._touched(prefix)
-        patch = None
-        if self.recovery == "reconstruct" and not untouched:
-            patch = patches(module, x, at, conv_groups)
-            weight = refit(patch, target_PO, weight)
-        scale = None
-        floats = weight
-        if bits != FULL_PRECISION:
-            clip_O = self.estimates.clip_of(layer.name, bits)[out].to(weight)
-            scale = scale_of(weight, clip_O, bits)
-            weight = fake_quantize(weight, scale, bits)
-        if patch is not None and bias is not None and not layer.batch_norm:
-            bias = target_PO.mean(0) - layer_outputs(patch, weight).mean(0)
-        y = self._apply(module, x, weight, bias, conv_groups)
-        residue = 0.0 if untouched else float(unexplained(target_PO, at.outputs(y)).mean())
+    def run(self, schedule: Schedule, *, collect: bool = False) -> Prefix:
+        """Every layer decided as `schedule` says."""
+        self.network.validate(schedule)
+        prefix = self.begin()
+        for keep, bits in self.choices(schedule):
+            prefix = self.advance(prefix, keep, bits, collect=collect)
+        return prefix
 
-        norm = mean = variance = None
-        if layer.batch_norm:
-            z, mean, variance = self._normalise(layer.batch_norm, y, out, untouched)
-            norm = (layer.batch_norm, z)
-        live = self._run_nodes(segment, prefix.live, layer_output=y, norm=norm)
-        fitted = prefix.fitted
-        if collect:
-            fitted = {**fitted, layer.name: FittedLayer(floats, bias, scale, mean, variance)}
-        return Prefix(choices, live, kept, (*prefix.unexplained, residue), fitted)
+    def evaluate(self, schedule: Schedule) -> Measurement:
+        """Measures one schedule: one forward pass of the calibration images at most."""
+        return self.finish(self.run(schedule))
 
-    def _touched(self, prefix: Prefix) -> bool:
-        return any(bits != FULL_PRECISION for _, bits in prefix.choices) or not all(
-            mask.all() for mask in prefix.kept.values()
-        )
+    # --- choices -----------------------------------------------------------------------------
 
-    def _apply(
-        self,
-        module: LayerModule,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        conv_groups: int,
-    ) -> torch.Tensor:
-        if isinstance(module, nn.Linear):
-            return F.linear(x, weight, bias)
-        return F.conv2d(
-            x,
-            weight.contiguous(memory_format=torch.channels_last),
-            bias,
-            module.stride,
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,
-            conv_groups,
-        )
-
-    def _normalise(
-        self, name: str, y: torch.Tensor, out: torch.Tensor, untouched: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Batch norm with statistics of the fitted images; with the running ones without
-        recovery, or where nothing has changed yet."""
-        norm = self._modules[name]
-        assert isinstance(norm, nn.BatchNorm2d)
-        if self.recovery == "none" or untouched:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            mean, variance = norm.running_mean[out], norm.running_var[out]
-        else:
-            # Plain means over rows: several times faster than var_mean in channels_last.
-            rows = y[: self.fit_count].permute(0, 2, 3, 1).flatten(0, 2)
-            mean = rows.mean(0)
-            variance = (rows - mean).square_().mean(0)
-        gamma = norm.weight[out] if norm.affine else None
-        beta = norm.bias[out] if norm.affine else None
-        return F.batch_norm(y, mean, variance, gamma, beta, False, 0.0, norm.eps), mean, variance
-
-    # --- results ---------------------------------------------------------------------------
+    def choices(self, schedule: Schedule) -> tuple[tuple[float, int], ...]:
+        """(keep, bits) of each layer, in order."""
+        chosen = []
+        for layer in self.layers:
+            group = self.network.owned_group(layer.name)
+            chosen.append(
+                (schedule.ratio(group.name) if group else 1.0, schedule.width(layer.name))
+            )
+        return tuple(chosen)
 
     def schedule(self, prefix: Prefix) -> Schedule:
         """The schedule that a finished prefix's choices say."""
@@ -364,34 +180,128 @@ class Evaluator:
             bits[layer.name] = width
         return Schedule(keep, bits)
 
-    def finish(self, prefix: Prefix) -> Measurement:
-        """The measurement of a prefix in which every layer is decided."""
-        logits = prefix.live[self._output][self.fit_count :]
-        return self._measure(self.schedule(prefix), logits)
+    def kept(self, schedule: Schedule) -> dict[str, np.ndarray]:
+        """Group -> mask of the channels that survive."""
+        counts = self.network.counts(schedule)
+        return kept_channels(self.network, self.estimates.importance, counts)
+
+    def _kept_by(self, layer: Layer, keep: float) -> dict[str, np.ndarray]:
+        """The mask that this layer's choice decides, if it decides one."""
+        group = self.network.owned_group(layer.name)
+        if group is None:
+            return {}
+        mask = np.zeros(group.channels, dtype=bool)
+        mask[self._order[group.name][: group.count(keep)]] = True
+        return {group.name: mask}
+
+    # --- one layer ---------------------------------------------------------------------------
+
+    def _lead(self, entries: int) -> int:
+        """How many of a tensor's first `entries` come from images that are fitted (attention
+        folds windows of an image into the first dimension); 0 if one cannot tell."""
+        return entries * self.fit_count // self._count if entries % self._count == 0 else 0
+
+    def _aim(self, call: Call, y: torch.Tensor) -> None:
+        """Remembers what the dense network puts out at sampled positions."""
+        lead = self._lead(len(y))
+        at = sample_positions(call, y.shape, lead, self._positions_wanted, self._generator)
+        self._targets[call.name] = (at, at.outputs(y).clone())
+
+    def _step(
+        self, layer: Layer, call: Call, kept: Mapping[str, np.ndarray], bits: int, untouched: bool
+    ) -> Step:
+        """Cuts, refits and quantizes one layer and applies it to its input."""
+        module = self._dense[layer.name]
+        assert isinstance(module, LayerModule)
+        in_mask = kept_mask(layer.inputs, layer.in_channels, kept)
+        out_mask = kept_mask(layer.outputs, layer.out_channels, kept)
+        out = torch.from_numpy(np.flatnonzero(out_mask))
+        depthwise = layer.kind == "depthwise"
+        at, target_PO = self._targets[layer.name]
+        weight, bias = module.weight.detach(), module.bias
+        if not out_mask.all():
+            weight, target_PO = weight[out], target_PO[:, out]
+            bias = None if bias is None else bias[out]
+        if layer.conv_groups == 1 and not in_mask.all():
+            weight = weight[:, torch.from_numpy(np.flatnonzero(in_mask))]
+        conv_groups = len(out) if depthwise else layer.conv_groups
+        patch = None
+        if self.recovery == "reconstruct" and not untouched and len(at.n_P):
+            patch = patches(call, at, conv_groups)
+            weight = refit(patch, target_PO, weight)
+        scale, floats = None, weight
+        if bits != FULL_PRECISION:
+            clip_O = self.estimates.clip_of(layer.name, bits)[out].to(weight)
+            scale = scale_of(weight, clip_O, bits)
+            weight = fake_quantize(weight, scale, bits)
+        if patch is not None and bias is not None and not layer.batch_norm:
+            bias = target_PO.mean(0) - layer_outputs(patch, weight).mean(0)
+        y = call.apply(weight, bias, conv_groups)
+        residue = 0.0
+        if not untouched and len(at.n_P):
+            residue = float(unexplained(target_PO, at.outputs(y)).mean())
+        return Step(y, FittedLayer(floats, bias, scale), residue)
+
+    def _statistics(
+        self, norm: nn.BatchNorm2d, y: torch.Tensor, kept: torch.Tensor, untouched: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance over the fitted images; the running ones of the `kept` channels
+        without recovery, or where nothing has changed yet."""
+        lead = self._lead(len(y))
+        if self.recovery == "none" or untouched or not lead:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            return norm.running_mean[kept], norm.running_var[kept]
+        # Plain means over rows: several times faster than var_mean in channels_last.
+        rows = y[:lead].movedim(1, -1).flatten(0, -2)
+        mean = rows.mean(0)
+        return mean, (rows - mean).square_().mean(0)
 
     def _measure(self, schedule: Schedule, logits: torch.Tensor) -> Measurement:
         with torch.inference_mode():
             accuracy, loss, kl = compare(logits, self._dense_logits, self._labels)
         return self.costs.cost(schedule).measurement(accuracy, loss, kl)
 
-    def run(self, schedule: Schedule, *, collect: bool = False) -> Prefix:
-        """Every layer decided as `schedule` says."""
-        self.network.validate(schedule)
-        prefix = self.begin()
-        for layer in self.layers:
-            group = self.network.owned_group(layer.name)
-            ratio = schedule.ratio(group.name) if group else 1.0
-            prefix = self.advance(prefix, ratio, schedule.width(layer.name), collect=collect)
-        return prefix
+    def _dense_done(self, logits: torch.Tensor) -> None:
+        """Takes the dense network's outputs (N, classes)."""
+        self._dense_logits = logits[self.fit_count :]
+        self.dense = self._measure(Schedule(), self._dense_logits)
 
-    def evaluate(self, schedule: Schedule) -> Measurement:
-        """Measures one schedule: one forward pass of the calibration images at most."""
-        return self.finish(self.run(schedule))
 
-    def kept(self, schedule: Schedule) -> dict[str, np.ndarray]:
-        """Group -> mask of the channels that survive."""
-        counts = self.network.counts(schedule)
-        return kept_channels(self.network, self.estimates.importance, counts)
+def touched(prefix: Prefix) -> bool:
+    """Whether anything has been cut or quantized yet."""
+    return any(bits != FULL_PRECISION for _, bits in prefix.choices) or not all(
+        mask.all() for mask in prefix.kept.values()
+    )
+
+
+def build_evaluator(
+    model: nn.Module,
+    network: Network,
+    fit: torch.Tensor,
+    score: torch.Tensor,
+    labels: torch.Tensor,
+    estimates: Estimates,
+    *,
+    recovery: str = "reconstruct",
+    positions: int = 2048,
+    cache_bytes: int = 256 * 2**20,
+    seed: int = 0,
+) -> Evaluator:
+    """The incremental evaluator; for a model that torch.fx cannot trace the one that runs the
+    whole network each time (`Evaluator.slow` says why)."""
+    from rlcompress.core.incremental import IncrementalEvaluator
+    from rlcompress.core.whole import WholeEvaluator
+
+    data = (model, network, fit, score, labels, estimates)
+    try:
+        return IncrementalEvaluator(
+            *data, recovery=recovery, positions=positions, cache_bytes=cache_bytes, seed=seed
+        )
+    except TraceError as error:
+        evaluator = WholeEvaluator(*data, recovery=recovery, positions=positions, seed=seed)
+        evaluator.slow = str(error)
+        return evaluator
 
 
 def compare(

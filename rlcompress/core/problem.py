@@ -16,8 +16,8 @@ from torch import nn
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import Evaluator
-from rlcompress.core.graph import Network, build_network
+from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.graph import Network
 from rlcompress.core.prior import Prior
 from rlcompress.core.schedule import Measurement, Schedule
 from rlcompress.core.sensitivity import Estimates
@@ -46,6 +46,7 @@ class Bundle:
     """A problem as numpy arrays and plain values. fit_NCHW and score_NCHW are normalised."""
 
     ref: ModelRef
+    network: Network
     weights: Mapping[str, np.ndarray]
     fit_NCHW: np.ndarray
     score_NCHW: np.ndarray
@@ -67,12 +68,11 @@ class Bundle:
         """Builds evaluator and prior. The arrays may be read-only and shared: they are copied."""
         torch.set_flush_denormal(True)
         model = self.model()
-        network = build_network(model, self.ref.example())
         device = pick_device(self.device)
         model = model.to(device, memory_format=torch.channels_last)
-        evaluator = Evaluator(
+        evaluator = build_evaluator(
             model,
-            network,
+            self.network,
             torch.tensor(self.fit_NCHW, device=device),
             torch.tensor(self.score_NCHW, device=device),
             torch.tensor(self.labels_N, device=device),
@@ -83,7 +83,7 @@ class Bundle:
             seed=self.seed,
         )
         refitted = self.recovery == "reconstruct"
-        prior = Prior(network, self.estimates, evaluator.costs, refitted=refitted)
+        prior = Prior(self.network, self.estimates, evaluator.costs, refitted=refitted)
         return Problem(evaluator, prior)
 
 
@@ -133,6 +133,7 @@ class Problem:
 def make_bundle(
     model: nn.Module,
     ref: ModelRef,
+    network: Network,
     fit: Split,
     score: Split,
     estimates: Estimates,
@@ -146,6 +147,7 @@ def make_bundle(
     """A problem's arrays from a trained network and its images."""
     return Bundle(
         ref=ref,
+        network=network,
         weights={n: t.detach().cpu().contiguous().numpy() for n, t in model.state_dict().items()},
         fit_NCHW=fit.images().numpy(),
         score_NCHW=score.images().numpy(),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rlcompress.core.graph import Network, kept_mask
+from rlcompress.core.graph import Layer, Link, Network, kept_mask
+from rlcompress.core.reading import NORMS
 
 
 def kept_channels(
@@ -37,32 +37,60 @@ def first_channels(network: Network, counts: Mapping[str, int]) -> dict[str, np.
     }
 
 
+def _indices(links: Sequence[Link], size: int, kept: Mapping[str, np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(kept_mask(links, size, kept)))
+
+
+def _take(module: nn.Module, name: str, index: torch.Tensor, dim: int) -> None:
+    tensor = getattr(module, name)
+    if tensor is None or len(index) == tensor.shape[dim]:
+        return
+    smaller = tensor.detach().index_select(dim, index.to(tensor.device)).contiguous()
+    if isinstance(tensor, nn.Parameter):
+        smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
+    setattr(module, name, smaller)
+
+
+def resize(module: nn.Module) -> None:
+    """Makes the numbers that a layer or norm keeps beside its tensors say what these say."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        out, fan = module.weight.shape[:2]
+        if module.groups == module.in_channels == module.out_channels:
+            module.groups = out
+        module.out_channels, module.in_channels = out, fan * module.groups
+    elif isinstance(module, NORMS):
+        assert module.running_mean is not None
+        module.num_features = len(module.running_mean)
+
+
 def cut(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> nn.Module:
-    """A copy of `model` with every channel outside `kept` physically removed."""
+    """A copy of `model` with every channel outside `kept` physically removed, and without what
+    its output does not depend on."""
     small = copy.deepcopy(model)
+    for name in network.unused:
+        small.set_submodule(name, nn.Identity())
     modules = dict(small.named_modules())
     for layer in network.layers.values():
         module = modules[layer.name]
-        gone_out = np.flatnonzero(~kept_mask(layer.outputs, layer.out_channels, kept)).tolist()
-        if layer.kind == "depthwise":
-            if gone_out:
-                tp.prune_depthwise_conv_out_channels(module, gone_out)
-        else:
-            gone_in = np.flatnonzero(~kept_mask(layer.inputs, layer.in_channels, kept)).tolist()
-            linear = isinstance(module, nn.Linear)
-            if gone_in:
-                prune_in = tp.prune_linear_in_channels if linear else tp.prune_conv_in_channels
-                prune_in(module, gone_in)
-            if gone_out:
-                prune_out = tp.prune_linear_out_channels if linear else tp.prune_conv_out_channels
-                prune_out(module, gone_out)
-        if layer.batch_norm and gone_out:
-            tp.prune_batchnorm_out_channels(modules[layer.batch_norm], gone_out)
+        out = _indices(layer.outputs, layer.out_channels, kept)
+        _take(module, "weight", out, 0)
+        _take(module, "bias", out, 0)
+        if layer.conv_groups == 1:
+            _take(module, "weight", _indices(layer.inputs, layer.in_channels, kept), 1)
+        resize(module)
+        if layer.batch_norm:
+            _cut_norm(modules[layer.batch_norm], out)
     for norm in network.norms:
-        gone = np.flatnonzero(~kept_mask(norm.links, norm.channels, kept)).tolist()
-        if gone:
-            tp.prune_batchnorm_out_channels(modules[norm.name], gone)
+        _cut_norm(modules[norm.name], _indices(norm.links, norm.channels, kept))
     return small
+
+
+def _cut_norm(module: nn.Module, index: torch.Tensor) -> None:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        _take(module, name, index, 0)
+    resize(module)
 
 
 class Mask(nn.Module):
@@ -76,23 +104,38 @@ class Mask(nn.Module):
         return weight * self.mask
 
 
-def attach_masks(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> None:
-    """Masks `model` in place so that it computes what `cut` would.
+def _weight_mask(
+    layer: Layer, weight: torch.Tensor, kept: Mapping[str, np.ndarray]
+) -> torch.Tensor:
+    """Zeroing what reads a channel is exact whatever lies between (an activation may map 0 to
+    something else); zeroing the channel's own filter keeps its gradients at zero as well."""
+    ones = [1] * (weight.dim() - 2)
+    out_keep = torch.from_numpy(kept_mask(layer.outputs, layer.out_channels, kept))
+    mask = out_keep.to(weight).view(-1, 1, *ones).expand_as(weight).clone()
+    if layer.conv_groups == 1:
+        in_keep = torch.from_numpy(kept_mask(layer.inputs, layer.in_channels, kept))
+        mask *= in_keep.to(weight).view(1, -1, *ones)
+    return mask
 
-    Zeroing what reads a channel is exact whatever lies between (an activation may map 0 to
-    something else); zeroing the channel's own filter keeps its gradients at zero as well.
-    """
+
+def attach_masks(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> None:
+    """Masks `model` in place so that it computes what `cut` would."""
     modules = dict(model.named_modules())
     for layer in network.layers.values():
         module = modules[layer.name]
-        weight = module.weight
-        out_keep = torch.from_numpy(kept_mask(layer.outputs, layer.out_channels, kept))
-        mask = out_keep.to(weight).view(-1, *[1] * (weight.dim() - 1)).expand_as(weight).clone()
-        if layer.kind != "depthwise":
-            in_keep = torch.from_numpy(kept_mask(layer.inputs, layer.in_channels, kept))
-            if layer.conv_groups == 1:
-                mask *= in_keep.to(weight).view(1, -1, *[1] * (weight.dim() - 2))
+        mask = _weight_mask(layer, module.weight, kept)
         parametrize.register_parametrization(module, "weight", Mask(mask))
+
+
+@torch.no_grad()
+def masked(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> nn.Module:
+    """A copy of `model` with zeros in the weights that `cut` removes."""
+    zeroed = copy.deepcopy(model)
+    modules = dict(zeroed.named_modules())
+    for layer in network.layers.values():
+        weight = modules[layer.name].weight
+        weight.mul_(_weight_mask(layer, weight, kept))
+    return zeroed
 
 
 def detach(model: nn.Module) -> None:

@@ -16,52 +16,53 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from rlcompress.core.graph import LayerModule
+from rlcompress.core.calls import Call
 
 RIDGE = 0.01
 
 
 @dataclass(frozen=True)
 class Positions:
-    """P sampled output positions of one layer: image n_P and, for a convolution, row_P, col_P."""
+    """P sampled output positions of one layer: image n_P, row_P and col_P of a convolution, or
+    rows row_P of a linear layer's flattened output."""
 
     n_P: torch.Tensor
     row_P: torch.Tensor
     col_P: torch.Tensor
+    convolution: bool
 
     def outputs(self, y: torch.Tensor) -> torch.Tensor:
         """(P, O) of an output (N, O, H, W), or of a linear layer's (N, ..., O)."""
-        if y.dim() == 4:
+        if self.convolution:
             return y[self.n_P, :, self.row_P, self.col_P]
         return y.reshape(-1, y.shape[-1])[self.row_P]
 
 
 def sample_positions(
-    output_shape: torch.Size, images: int, count: int, generator: torch.Generator
+    call: Call, y_shape: torch.Size, lead: int, count: int, generator: torch.Generator
 ) -> Positions:
-    """`count` distinct positions (all, if fewer) of the first `images` of an output."""
-    convolution = len(output_shape) == 4
-    height, width = (output_shape[2], output_shape[3]) if convolution else (1, 1)
-    per_image = height * width if convolution else output_shape[1:-1].numel()
-    total = images * per_image
-    flat = torch.randperm(total, generator=generator)[:count].sort().values
+    """`count` distinct positions (all, if fewer) of the first `lead` entries (images) of a
+    layer's output."""
+    convolution = call.window is not None
+    inner = (y_shape[2:] if convolution else y_shape[1:-1]).numel()
+    flat = torch.randperm(lead * inner, generator=generator)[:count].sort().values
     if not convolution:
-        return Positions(flat // per_image, flat, torch.zeros_like(flat))
-    rest = flat % per_image
-    return Positions(flat // per_image, rest // width, rest % width)
+        return Positions(flat // inner, flat, torch.zeros_like(flat), False)
+    rest, width = flat % inner, y_shape[3]
+    return Positions(flat // inner, rest // width, rest % width, True)
 
 
-def patches(module: LayerModule, x: torch.Tensor, at: Positions, groups: int) -> torch.Tensor:
+def patches(call: Call, at: Positions, groups: int) -> torch.Tensor:
     """patches_PGD: what a layer reads to compute its outputs at the sampled positions."""
-    if isinstance(module, nn.Linear):
+    x, window = call.x, call.window
+    if window is None:
         return x.reshape(-1, x.shape[-1])[at.row_P].unsqueeze(1)
-    (kh, kw), (sh, sw) = module.kernel_size, module.stride
-    (ph, pw), (dh, dw) = module.padding, module.dilation  # type: ignore[misc]
-    if ph or pw:  # type: ignore[has-type]
-        x = F.pad(x, (pw, pw, ph, ph))  # type: ignore[has-type]
+    (kh, kw), (sh, sw) = window.kernel, window.stride
+    (ph, pw), (dh, dw) = window.padding, window.dilation
+    if ph or pw:
+        x = F.pad(x, (pw, pw, ph, ph))
     rows = at.row_P[:, None, None] * sh + torch.arange(kh)[None, :, None] * dh
     cols = at.col_P[:, None, None] * sw + torch.arange(kw)[None, None, :] * dw
     # NHWC memory makes this a gather of contiguous channel vectors.

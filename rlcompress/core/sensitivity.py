@@ -27,17 +27,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
+from rlcompress.core.reading import all_gradients
 from rlcompress.core.reconstruct import patches, sample_positions
 from rlcompress.core.tensors import load_tensors, save_tensors
 
@@ -120,54 +123,63 @@ def _sampled_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.T
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
 
 
-def _root_activation(x: torch.Tensor, link: Link, channels: int) -> torch.Tensor:
-    """(N, C, positions) of a consumer's input; a flattened map's features are positions."""
-    columns = x.flatten(2) if x.dim() == 4 else x.reshape(len(x), -1, x.shape[-1]).transpose(1, 2)
+def _root_activation(
+    call: Call, values: torch.Tensor, link: Link, channels: int, images: int
+) -> torch.Tensor:
+    """(N, C, positions) of a consumer's input (or its gradient); a flattened map's features are
+    positions."""
+    if call.window is not None:
+        columns = values.flatten(2)
+    else:
+        columns = values.reshape(images, -1, values.shape[-1]).transpose(1, 2)
     picked = columns[:, torch.from_numpy(link.index)]
     order = np.argsort(link.root, kind="stable")
-    repeats = len(link.root) // channels
-    return picked[:, torch.from_numpy(order)].reshape(len(x), channels, -1) if repeats else picked
+    return picked[:, torch.from_numpy(order)].reshape(images, channels, -1)
 
 
 class _Consumers:
-    """Keeps each layer's input and the gradient that reaches it through that layer alone."""
+    """While entered, keeps each layer's input and the gradient that reaches it through that
+    layer alone."""
 
     def __init__(self, modules: Mapping[str, nn.Module], names: Sequence[str]) -> None:
-        self.inputs: dict[str, torch.Tensor] = {}
-        self._handles = [
-            modules[name].register_forward_pre_hook(self._hook(name)) for name in names
-        ]
+        self._calls: dict[str, Call] = {}
+        self._mode = LayerCalls({name: modules[name].weight for name in names}, self._handle)  # type: ignore[misc]
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
-        def pre(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            # A fresh tensor per consumer: its .grad is not mixed with other readers' gradients.
-            x = args[0].clone()
-            if not x.requires_grad:
-                x.requires_grad_()
-            x.retain_grad()
-            self.inputs[name] = x
-            return (x, *args[1:])
+    def __enter__(self) -> _Consumers:
+        self._mode.__enter__()
+        return self
 
-        return pre
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
 
-    def pair(self, name: str, link: Link, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _handle(self, call: Call) -> torch.Tensor:
+        # A fresh tensor per consumer: its .grad is not mixed with other readers' gradients.
+        x = call.x.clone()
+        if not x.requires_grad:
+            x.requires_grad_()
+        x.retain_grad()
+        self._calls[call.name] = replace(call, x=x)
+        return self._calls[call.name].run()
+
+    def pair(
+        self, name: str, link: Link, channels: int, images: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A group's centred channels a_NCP as this layer reads them, and their gradient g_NCP."""
-        x = self.inputs[name]
-        assert x.grad is not None
-        a_NCP = _root_activation(x.detach(), link, channels)
-        return a_NCP - a_NCP.mean((0, 2), keepdim=True), _root_activation(x.grad, link, channels)
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        call = self._calls[name]
+        assert call.x.grad is not None
+        a_NCP = _root_activation(call, call.x.detach(), link, channels, images)
+        g_NCP = _root_activation(call, call.x.grad, link, channels, images)
+        return a_NCP - a_NCP.mean((0, 2), keepdim=True), g_NCP
 
 
 def _readers(network: Network) -> dict[str, list[tuple[str, Link]]]:
-    """Group -> the layers that read it (depthwise ones pass it on, they are not readers)."""
+    """Group -> the layers that read it (depthwise ones pass it on, they are not readers); none
+    of a protected group."""
     readers: dict[str, list[tuple[str, Link]]] = {g: [] for g in network.groups}
     for layer in network.layers.values():
         for link in layer.inputs if layer.kind != "depthwise" else ():
-            readers[link.group].append((layer.name, link))
+            if not network.groups[link.group].protected:
+                readers[link.group].append((layer.name, link))
     return readers
 
 
@@ -193,8 +205,8 @@ def _first_pass(
     fisher = {name: torch.zeros_like(modules[name].weight) for name in network.layers}  # type: ignore[arg-type]
     importance = {n: np.zeros(g.channels) for n, g in network.groups.items()}
     covariance = {n: torch.zeros(g.channels, g.channels) for n, g in network.groups.items()}
-    consumers = _Consumers(modules, sorted({n for pairs in readers.values() for n, _ in pairs}))
-    try:
+    names = sorted({n for pairs in readers.values() for n, _ in pairs})
+    with _Consumers(modules, names) as consumers:
         for chunk in images.split(FISHER_BATCH):
             _backward(model, chunk, temperature, generator)
             for name in network.layers:
@@ -204,14 +216,12 @@ def _first_pass(
             for name, pairs in readers.items():
                 signal = torch.zeros(len(chunk), network.groups[name].channels)
                 for reader, link in pairs:
-                    a_NCP, g_NCP = consumers.pair(reader, link, network.groups[name].channels)
+                    channels = network.groups[name].channels
+                    a_NCP, g_NCP = consumers.pair(reader, link, channels, len(chunk))
                     signal += (g_NCP * a_NCP).sum(2).cpu()
                     flat = a_NCP.transpose(0, 1).flatten(1)
                     covariance[name] += (flat @ flat.T).cpu() / flat.shape[1]
                 importance[name] += 0.5 * signal.square().sum(0).numpy() / len(images)
-    finally:
-        consumers.close()
-        model.zero_grad(set_to_none=True)
     return fisher, importance, covariance
 
 
@@ -244,14 +254,15 @@ def _cut_costs(
     }
     plain = {name: np.zeros(len(masks)) for name, masks in kept.items()}
     refitted = {name: np.zeros(len(masks)) for name, masks in kept.items()}
-    consumers = _Consumers(modules, sorted({n for pairs in readers.values() for n, _ in pairs}))
-    try:
+    names = sorted({n for pairs in readers.values() for n, _ in pairs})
+    with _Consumers(modules, names) as consumers:
         for chunk in images.split(batch):
             _backward(model, chunk, temperature, generator)
             for name, masks in kept.items():
                 signals = torch.zeros(2, len(masks), len(chunk))
                 for reader, link in readers[name]:
-                    a_NCP, g_NCP = consumers.pair(reader, link, network.groups[name].channels)
+                    channels = network.groups[name].channels
+                    a_NCP, g_NCP = consumers.pair(reader, link, channels, len(chunk))
                     for k, mask in enumerate(masks):
                         keep = torch.from_numpy(mask).to(device)
                         g_gone = g_NCP[:, ~keep]
@@ -262,9 +273,6 @@ def _cut_costs(
                 halves = 0.5 * signals.square().sum(2).numpy() / len(images)
                 plain[name] += halves[0]
                 refitted[name] += halves[1]
-    finally:
-        consumers.close()
-        model.zero_grad(set_to_none=True)
     return plain, {name: np.minimum(plain[name], refitted[name]) for name in plain}
 
 
@@ -287,43 +295,45 @@ def estimate(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         temperature = _temperature(torch.cat([model(chunk) for chunk in images.split(batch)]))
-    fisher, importance, covariance = _first_pass(model, network, images, temperature, generator)
-    kept: dict[str, list[np.ndarray]] = {name: [] for name in network.groups}
-    for ratio in keeps:
-        counts = {name: group.count(ratio) for name, group in network.groups.items()}
-        for name, mask in kept_channels(network, importance, counts).items():
-            kept[name].append(mask)
-    prune, refit = _cut_costs(
-        model, network, images, kept, covariance, temperature, generator, batch
-    )
+    with all_gradients(model):
+        fisher, importance, covariance = _first_pass(model, network, images, temperature, generator)
+        kept: dict[str, list[np.ndarray]] = {name: [] for name in network.groups}
+        for ratio in keeps:
+            counts = {name: group.count(ratio) for name, group in network.groups.items()}
+            for name, mask in kept_channels(network, importance, counts).items():
+                kept[name].append(mask)
+        prune, refit = _cut_costs(
+            model, network, images, kept, covariance, temperature, generator, batch
+        )
+        model.zero_grad(set_to_none=True)
+
+    quantize: dict[str, np.ndarray] = {}
+    output_kl: dict[str, np.ndarray] = {}
+    clips: dict[str, np.ndarray] = {}
+
+    def handle(call: Call) -> torch.Tensor:
+        y = call.run()
+        if call.name in quantize:
+            return y
+        at = sample_positions(call, y.shape, len(y), CLIP_POSITIONS, generator)
+        patch = patches(call, at, call.conv_groups)
+        losses, divergences, shares = [], [], []
+        for width in bits:
+            share_O, kl = choose_clip(call.weight, patch, width, clip)
+            restored = fake_quantize(call.weight, scale_of(call.weight, share_O, width), width)
+            change = restored - call.weight
+            losses.append(0.5 * float((fisher[call.name] * change.square()).sum()))
+            divergences.append(kl)
+            shares.append(share_O.cpu().numpy())
+        quantize[call.name] = np.array(losses)
+        output_kl[call.name] = np.array(divergences)
+        clips[call.name] = np.stack(shares).astype(np.float32)
+        return y
 
     modules = dict(model.named_modules())
-    inputs = _Consumers(modules, list(network.layers))
-    with torch.no_grad():
-        try:
-            model(images[:batch].clone())
-        finally:
-            inputs.close()
-        quantize, output_kl, clips = {}, {}, {}
-        for name, layer in network.layers.items():
-            module, x = modules[name], inputs.inputs.pop(name).detach()
-            assert isinstance(module, nn.Conv2d | nn.Linear)
-            y_shape = module(x).shape
-            at = sample_positions(y_shape, len(x), CLIP_POSITIONS, generator)
-            patch = patches(module, x, at, layer.conv_groups)
-            losses, divergences, shares = [], [], []
-            for width in bits:
-                share_O, kl = choose_clip(module.weight, patch, width, clip)
-                restored = fake_quantize(
-                    module.weight, scale_of(module.weight, share_O, width), width
-                )
-                change = restored - module.weight
-                losses.append(0.5 * float((fisher[name] * change.square()).sum()))
-                divergences.append(kl)
-                shares.append(share_O.cpu().numpy())
-            quantize[name] = np.array(losses)
-            output_kl[name] = np.array(divergences)
-            clips[name] = np.stack(shares).astype(np.float32)
+    weights = {name: modules[name].weight for name in network.layers}
+    with torch.no_grad(), LayerCalls(weights, handle):  # type: ignore[arg-type]
+        model(images[:batch].clone())
     return Estimates(
         tuple(keeps), tuple(bits), importance, prune, refit, quantize, output_kl, clips
     )

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlcompress.core.artifact import ModelRef, load_artifact, pack, snap
+from rlcompress.core.artifact import ModelRef, load_artifact, pack
 from rlcompress.core.data import Split
 from rlcompress.core.evaluate import Evaluator, FittedLayer
 from rlcompress.core.files import save_bytes
+from rlcompress.core.fold import snap
 from rlcompress.core.graph import Network
 from rlcompress.core.problem import pick_device
 from rlcompress.core.prune import cut
@@ -57,7 +58,8 @@ class CutNetwork:
 
 def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -> CutNetwork:
     """What the evaluator scored, as a network: refitted weights and batch statistics."""
-    fitted = evaluator.run(schedule, collect=True).fitted
+    prefix = evaluator.run(schedule, collect=True)
+    fitted = prefix.fitted
     small = cut(model, evaluator.network, evaluator.kept(schedule))
     modules = dict(small.named_modules())
     scales = {}
@@ -71,15 +73,20 @@ def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -
             if part.scale_O is not None:
                 scales[name] = part.scale_O.clone()
             if layer.batch_norm:
-                norm = modules[layer.batch_norm]
-                assert isinstance(norm, nn.BatchNorm2d)
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
                 assert part.mean_O is not None
                 assert part.variance_O is not None
-                norm.running_mean.copy_(part.mean_O)
-                norm.running_var.copy_(part.variance_O)
+                _set_statistics(modules[layer.batch_norm], part.mean_O, part.variance_O)
+        for name, (mean, variance) in prefix.norms.items():
+            _set_statistics(modules[name], mean, variance)
     return CutNetwork(small, scales)
+
+
+def _set_statistics(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
 
 
 def cut_network(
@@ -195,8 +202,7 @@ def write_network(
     small.model.to("cpu")
     scales = {name: scale.cpu() for name, scale in small.scales.items()}
     small.scales = snap(small.model, network, bits, scales)
-    counts = network.counts(schedule)
-    save_bytes(path, pack(small.model, network, ref, counts, bits, small.scales))
+    save_bytes(path, pack(small.model, network, ref, bits, small.scales))
 
 
 @dataclass(frozen=True)

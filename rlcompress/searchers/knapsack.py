@@ -38,7 +38,8 @@ class _Program:
         self.integer: list[int] = []
         self.entries: list[tuple[int, int, float]] = []
         self.right: list[float] = []
-        self.constant = float(problem.evaluator.costs.header)
+        costs = problem.evaluator.costs
+        self.constant = float(costs.header + 4 * costs.rest)
         self.column = {name: i for i, name in enumerate(problem.network.groups)}
         self.x = {name: self._group(name) for name in self.column}
         self.w = [self._layer(i, x) for i, x in enumerate(problem.network.layers.values())]

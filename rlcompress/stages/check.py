@@ -11,8 +11,8 @@ from rich.table import Table
 from torch import nn
 
 from rlcompress.core.cost import CostModel
-from rlcompress.core.graph import build_network
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.structure import build_network
 from rlcompress.core.train import Recipe, train
 from rlcompress.live import console
 from rlcompress.searchers import uniform

@@ -8,7 +8,6 @@ from typing import Any
 
 from rlcompress.core.cost import CostModel
 from rlcompress.core.files import save_json
-from rlcompress.core.graph import build_network
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.tensors import save_tensors
 from rlcompress.core.train import Recipe, logits_of, measure, train
@@ -59,7 +58,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
         )
     save_tensors(folder / "trained.safetensors", model.state_dict())
     logits = logits_of(model, selection)
-    cost = CostModel(build_network(model.cpu(), run.ref.example())).cost(Schedule())
+    cost = CostModel(run.structure).cost(Schedule())
     metrics = {
         "inputs": inputs,
         "seed": e.seed,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import Evaluator
+from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.files import save_json
 from rlcompress.core.pareto import archive_front
 from rlcompress.core.schedule import Record, Schedule
@@ -112,9 +112,9 @@ def _evaluator(run: Workspace, dense: nn.Module) -> Evaluator:
     e = run.experiment
     fit = run.data.train.sample(e.ticket.fit_images, e.seed)
     score = run.splits[0]
-    return Evaluator(
+    return build_evaluator(
         dense,
-        run.problem.network,
+        run.structure,
         fit.images().to(run.device),
         score.images().to(run.device),
         score.labels_N.to(run.device),

@@ -18,11 +18,12 @@ from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import Data, Split, build_data
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import read_archive
-from rlcompress.core.graph import build_network
+from rlcompress.core.graph import Network
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.problem import Bundle, Problem, make_bundle, pick_device
 from rlcompress.core.schedule import Record
 from rlcompress.core.sensitivity import Estimates, estimate
+from rlcompress.core.structure import build_network
 from rlcompress.core.tensors import load_tensors
 from rlcompress.live import console
 from rlcompress.spec import Experiment, spec_hash, write_resolved
@@ -110,6 +111,12 @@ class Workspace:
         return ModelRef(spec.factory, dict(spec.args), self.data.num_classes, tuple(shape))
 
     @functools.cached_property
+    def structure(self) -> Network:
+        """Layers, groups and what is protected: the same whatever the weights are."""
+        e = self.experiment
+        return build_network(self.ref.build(e.seed), self.ref.example(), round_to=e.search.round_to)
+
+    @functools.cached_property
     def splits(self) -> tuple[Split, Split]:
         """The validation images that score schedules, and those that choose tickets."""
         calibration = self.experiment.calibration
@@ -137,6 +144,7 @@ class Workspace:
         return make_bundle(
             dense,
             self.ref,
+            self.structure,
             self.fit,
             self.splits[0],
             estimates,
@@ -153,11 +161,10 @@ class Workspace:
 
     def estimate(self, dense: nn.Module) -> Estimates:
         e = self.experiment
-        network = build_network(dense, self.ref.example())
         images = self.fit.images(slice(0, e.calibration.estimate_images))
         return estimate(
             dense.to(memory_format=torch.channels_last),
-            network,
+            self.structure,
             images.contiguous(memory_format=torch.channels_last),
             keeps=e.search.keeps,
             bits=e.search.bits,

@@ -14,12 +14,13 @@ from torch import nn
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Data, Split, digits
-from rlcompress.core.evaluate import Evaluator
-from rlcompress.core.graph import Network, build_network
+from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.graph import Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import attach_fake_quant, mse_clip, scale_of
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.sensitivity import Estimates, estimate
+from rlcompress.core.structure import build_network
 from rlcompress.core.train import Recipe, train
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 32)
@@ -153,7 +154,7 @@ def make_evaluator(trained, fit, score, estimates):
 
     def make(**options) -> Evaluator:
         arguments = {"fit": fit, "score": score.images(), "labels": score.labels_N} | options
-        return Evaluator(
+        return build_evaluator(
             trained.model, trained.network, estimates=estimates, positions=1024, **arguments
         )
 

@@ -21,13 +21,12 @@ from rlcompress.core.artifact import (
     ModelRef,
     load_artifact,
     pack,
-    pack_codes,
-    snap,
-    unpack_codes,
 )
+from rlcompress.core.codec import pack_codes, unpack_codes
 from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_bytes
+from rlcompress.core.fold import snap
 from rlcompress.core.prune import attach_masks, cut
 from rlcompress.core.quant import attach_fake_quant, max_code, scale_of
 from rlcompress.core.schedule import Schedule
@@ -38,8 +37,7 @@ def write(net, path, schedule, seed=0):
     small = cut(net.model, net.network, net.kept(schedule, seed))
     bits, scales = net.quantized(small, schedule)
     scales = snap(small, net.network, bits, scales)
-    counts = net.network.counts(schedule)
-    save_bytes(path, pack(small, net.network, net.ref, counts, bits, scales))
+    save_bytes(path, pack(small, net.network, net.ref, bits, scales))
     return net.fake_quantized(small, bits, scales)
 
 
@@ -57,7 +55,7 @@ def test_codes_survive_packing_in_no_more_bytes_than_they_need(bits, count, seed
 def test_masked_is_cut_is_written_is_read_back(net, close, scratch, choice, seed):
     """The whole chain, quantized, and the file as large as the cost model says."""
     schedule = choice.draw(net.schedules())
-    kept, counts = net.kept(schedule, seed), net.network.counts(schedule)
+    kept = net.kept(schedule, seed)
     bits = {name: schedule.width(name) for name in net.network.layers}
     modules = dict(net.model.named_modules())
     scales = {n: scale_of(modules[n].weight, 0.8, b) for n, b in bits.items() if b != 32}
@@ -74,7 +72,7 @@ def test_masked_is_cut_is_written_is_read_back(net, close, scratch, choice, seed
 
     scales = snap(small, net.network, bits, scales)
     snapped = net.out(net.fake_quantized(small, bits, scales))
-    save_bytes(scratch, pack(small, net.network, net.ref, counts, bits, scales))
+    save_bytes(scratch, pack(small, net.network, net.ref, bits, scales))
     close(snapped, net.out(load_artifact(scratch)))
     assert scratch.stat().st_size == CostModel(net.network).cost(schedule).bytes
 
@@ -103,7 +101,7 @@ def test_learned_steps_are_written(vgg, close, tmp_path):
     small = copy.deepcopy(vgg.model)
     bits, scales = vgg.quantized(small, schedule)
     trained = vgg.fake_quantized(small, bits, {n: 1.5 * s for n, s in scales.items()})
-    packed = pack(trained, vgg.network, vgg.ref, vgg.network.counts(schedule), bits, scales)
+    packed = pack(trained, vgg.network, vgg.ref, bits, scales)
     save_bytes(tmp_path / "a", packed)
     close(vgg.out(trained), vgg.out(load_artifact(tmp_path / "a")), relative=2e-2)
 
@@ -123,10 +121,9 @@ def test_snapping_twice_is_snapping_once(vgg):
     model = copy.deepcopy(vgg.model)
     bits, scales = vgg.quantized(model, schedule)
     scales = snap(model, vgg.network, bits, scales)
-    counts = vgg.network.counts(schedule)
-    first = pack(model, vgg.network, vgg.ref, counts, bits, scales)
+    first = pack(model, vgg.network, vgg.ref, bits, scales)
     scales = snap(model, vgg.network, bits, scales)
-    assert pack(model, vgg.network, vgg.ref, counts, bits, scales) == first
+    assert pack(model, vgg.network, vgg.ref, bits, scales) == first
 
 
 def test_files_are_read_where_gradients_are_off(vgg, tmp_path):
@@ -145,7 +142,7 @@ def test_writing_leaves_no_other_file(vgg, tmp_path):
 def test_arguments_that_do_not_fit_the_header_are_refused(vgg):
     ref = ModelRef("vgg19", {"width": 0.0625, "note": "x" * 4000}, 10, (1, 32, 32))
     with pytest.raises(UserError, match="do not fit"):
-        pack(vgg.model, vgg.network, ref, vgg.network.counts(Schedule()), {}, {})
+        pack(vgg.model, vgg.network, ref, {}, {})
 
 
 # --- broken files ---------------------------------------------------------------------------
@@ -223,21 +220,26 @@ def test_noise_is_refused(scratch, content):
         {"format": None},
         {"model": ["nosuch", {}, 10, [1, 32, 32]]},
         {"model": ["vgg19", {"width": 0.0625, "nosuch": 1}, 10, [1, 32, 32]]},
-        {"model": ["vgg19", {"width": 0.0625}, 10, [1, 2, 2]]},
         {"model": ["vgg19", {"width": 0.0625}, -10, [1, 32, 32]]},
         {"model": ["vgg19", {"width": "x"}, 10, [1, 32, 32]]},
         {"model": "vgg19"},
         {"model": None},
-        {"keep": [0] * 16},
-        {"keep": [10**9] * 16},
-        {"keep": [1]},
-        {"keep": ["a"] * 16},
-        {"bits": [32] * 17},
-        {"bits": [1] * 17},
-        {"bits": [[]] * 17},
-        {"exponents": [[]] * 17},
-        {"exponents": None},
-        {"exponents": [["a", "b"]] * 17},
+        {"model": ["vgg19", {"width": 1e7}, 10, [1, 32, 32]]},
+        {"layers": [[2, 4, 1, 4, 0, 0, 3]]},
+        {"layers": [[2, 4, 1, 4, 0, 0, 3]] * 17},
+        {"layers": [[2, 10**9, 1, 4, 0, 0, 3]] * 17},
+        {"layers": [[2, 0, 1, 4, 0, 0, 3]] * 17},
+        {"layers": [[2, 4, 1, 1, 0, 0, 3]] * 17},
+        {"layers": [[2, 4, 1, 4, "a", 0, 3]] * 17},
+        {"layers": [[999, 4, 1, 4, 0, 0, 3]] * 17},
+        {"layers": [[2, 4, 1, 4, 0, 0, 2]] * 17},
+        {"layers": [[]] * 17},
+        {"layers": None},
+        {"norms": [[3, 4]]},
+        {"norms": [[2, 4]]},
+        {"unused": [2]},
+        {"unused": [0]},
+        {"unused": ["a"]},
     ],
     ids=repr,
 )

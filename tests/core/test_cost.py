@@ -11,9 +11,9 @@ from torch import nn
 
 from rlcompress.core.artifact import pack
 from rlcompress.core.cost import CostModel, header_bytes
-from rlcompress.core.graph import build_network
 from rlcompress.core.prune import cut
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.structure import build_network
 
 
 @given(choice=st.data(), seed=st.integers(0, 2**16))
@@ -22,7 +22,7 @@ def test_bytes_parameters_and_macs_are_those_of_the_cut_network(net, choice, see
     schedule = choice.draw(net.schedules())
     small = cut(net.model, net.network, net.kept(schedule, seed))
     bits, scales = net.quantized(small, schedule)
-    packed = pack(small, net.network, net.ref, net.network.counts(schedule), bits, scales)
+    packed = pack(small, net.network, net.ref, bits, scales)
     cost = CostModel(net.network).cost(schedule)
     assert len(packed) == cost.bytes
     assert 8 + int.from_bytes(packed[:8], "little") == header_bytes(net.network)

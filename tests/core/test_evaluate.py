@@ -10,7 +10,7 @@ from torch import nn
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import WORST, Evaluator, compare
+from rlcompress.core.evaluate import WORST, Evaluator, build_evaluator, compare
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.ticket import fitted_network, write_network
 
@@ -146,7 +146,9 @@ def test_what_cannot_be_evaluated_is_refused(evaluator, make_evaluator):
 @pytest.mark.parametrize("net", ["mobilenetv2", "resnet18"], indirect=True)
 def test_depthwise_and_residual_networks_are_written_as_scored(net, net_estimates, tmp_path):
     images, labels = net.images, torch.arange(4)
-    evaluator = Evaluator(net.model, net.network, images[:4], images[4:], labels, net_estimates)
+    evaluator = build_evaluator(
+        net.model, net.network, images[:4], images[4:], labels, net_estimates
+    )
     assert evaluator.evaluate(Schedule()).kl == pytest.approx(0, abs=1e-6)
     schedule = Schedule(
         dict.fromkeys(net.network.groups, 0.5), dict.fromkeys(net.network.layers, 4)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from rlcompress.core.artifact import load_artifact, pack, snap
+from rlcompress.core.artifact import load_artifact, pack
 from rlcompress.core.errors import UserError
 from rlcompress.core.export import export_onnx
 from rlcompress.core.files import save_bytes
+from rlcompress.core.fold import snap
 from rlcompress.core.prune import cut
 from rlcompress.core.schedule import Schedule
 
@@ -26,8 +27,7 @@ def test_onnxruntime_gives_the_artifacts_answers_at_any_batch_size(trained, data
     small = cut(trained.model, trained.network, trained.kept(schedule, 0))
     bits, scales = trained.quantized(small, schedule)
     scales = snap(small, trained.network, bits, scales)
-    counts = trained.network.counts(schedule)
-    save_bytes(tmp_path / "a", pack(small, trained.network, trained.ref, counts, bits, scales))
+    save_bytes(tmp_path / "a", pack(small, trained.network, trained.ref, bits, scales))
     model = load_artifact(tmp_path / "a")
 
     difference = export_onnx(model, trained.images, tmp_path / "model.onnx")

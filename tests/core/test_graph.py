@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.graph import Group, build_network, trace
+from rlcompress.core.graph import Group
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.structure import build_network
+from rlcompress.core.trace import TraceError, trace
 
 EXAMPLE = torch.zeros(1, 4, 8, 8)
 
@@ -112,13 +114,76 @@ def test_tracing_keeps_earlier_activations_valid():
     assert all(torch.equal(a, b) for a, b in zip(seen, copies, strict=True))
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x), x
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(self.one(x))
+
+
+class Sees(nn.Module):
+    """Reads the weight of a layer that it never calls; sums over channels behind another; carries
+    a head that only training uses; and looks at the data before it decides."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 6, 1)
+        self.mixed, self.head = nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
+        self.training_head = nn.Sequential(nn.Linear(6, 3))
+
+    def forward(self, x):
+        x = nn.functional.conv2d(x, self.read.weight, self.read.bias)
+        x = torch.relu(self.called(x)) if x.sum() > -1e9 else x
+        x = self.mixed(x)
+        x = self.head((x - x.mean(1, keepdim=True)).mean((2, 3)))
+        return x + self.training_head(x) if self.training else x
+
+
+def test_what_is_read_or_decided_in_python_is_found():
+    network = build_network(Sees(), EXAMPLE)
+    assert [*network.layers] == ["read", "called", "mixed", "head"]
+    assert network.unused == ("training_head",)
+    protected = {name: group.protected for name, group in network.groups.items()}
+    # Its channels' mean is taken: cut, it would be another mean.
+    assert "changes what other channels compute" in protected["mixed"]
+    assert protected["called"] == ""
+    assert network.layers["head"].protected == "it is the network's output"
+
+
+def test_a_layer_that_is_used_twice_is_not_cut():
+    network = build_network(nn.Sequential(nn.Conv2d(4, 4, 1), Twice(), nn.Conv2d(4, 2, 1)), EXAMPLE)
+    assert all("is used 2 times" in group.protected for group in network.groups.values())
+    assert network.layers["1.conv"].kind == "conv"
+
+
+def test_channels_of_a_layer_norm_are_not_cut():
+    """It would normalise over fewer numbers."""
+    model = nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 10), nn.Linear(10, 2))
+    network = build_network(model, torch.zeros(1, 8))
+    assert network.groups["0"].protected == "it meets LayerNorm 1"
+    assert network.groups["2"].protected == ""
+    assert network.rest == {"1.weight": (12,), "1.bias": (12,)}
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (Twice(), "called twice"),
-        (Branching(), "cannot be traced"),
         (nn.Sequential(nn.ReLU()), "no Conv2d or Linear"),
-        (nn.Sequential(nn.Conv2d(5, 2, 3)), "cannot be traced"),
+        (nn.Sequential(nn.Conv2d(5, 2, 3)), r"cannot be run on an input of shape \(1, 4, 8, 8\)"),
+        (Pair(), "returns a tuple"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3), Tied()), "share one weight"),
     ],
 )
 def test_refused_networks(model, says):
@@ -126,18 +191,44 @@ def test_refused_networks(model, says):
         build_network(model, EXAMPLE)
 
 
+@pytest.mark.parametrize("model", [Twice(), Branching(), Sees()])
+def test_what_cannot_be_traced_says_so(model):
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    with pytest.raises(TraceError, match="cannot be traced"):
+        trace(model.eval(), EXAMPLE, layers)
+
+
+class Reread(nn.Module):
+    """An in-place activation whose input is read again: out of place it would mean another."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.relu(y) + y
+
+
+def test_a_trace_that_computes_something_else_is_refused():
+    model = Reread().eval()
+    with pytest.raises(TraceError, match="other answers"):
+        trace(model, EXAMPLE)
+    assert model.relu.inplace
+
+
 ratios = st.floats(0.001, 1.0)
 
 
 @given(ratio=ratios, other=ratios, channels=st.integers(1, 600), round_to=st.integers(1, 16))
 def test_count_is_legal_rounded_and_grows_with_the_ratio(ratio, other, channels, round_to):
-    group = Group("g", channels, "g", ("g",), ("h",))
-    count = group.count(ratio, round_to)
+    group = Group("g", channels, "g", ("g",), ("h",), round_to=round_to)
+    count = group.count(ratio)
     assert 1 <= count <= channels
     assert count % round_to == 0 or count == channels
-    assert group.count(1.0, round_to) == channels
+    assert group.count(1.0) == channels
     low, high = sorted((ratio, other))
-    assert group.count(low, round_to) <= group.count(high, round_to)
+    assert group.count(low) <= group.count(high)
 
 
 def test_validate_names_everything_unknown(vgg):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.quant import layer_outputs
 from rlcompress.core.reconstruct import patches, refit, sample_positions
 
@@ -17,47 +18,67 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def capture(module: nn.Module, x: torch.Tensor) -> tuple[Call, torch.Tensor]:
+    """The one call of a layer, and what it puts out."""
+    calls: list[Call] = []
+
+    def handle(call: Call) -> torch.Tensor:
+        calls.append(call)
+        return call.run()
+
+    with LayerCalls({"": module.weight}, handle):
+        y = module(x)
+    (call,) = calls
+    return call, y
+
+
 @st.composite
 def convolutions(draw):
     groups = draw(st.sampled_from([1, 2, 4]))
     pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    same = draw(st.booleans())
+    ones = st.just((1, 1))
     return nn.Conv2d(
         4,
         8,
         kernel_size=draw(pair),
-        stride=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
-        padding=draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
+        stride=draw(ones if same else st.tuples(st.integers(1, 2), st.integers(1, 2))),
+        padding="same" if same else draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
         dilation=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
         groups=groups,
         bias=False,
+        padding_mode=draw(st.sampled_from(["zeros", "circular", "reflect"])),
     )
 
 
 @given(conv=convolutions(), count=st.integers(1, 60), seed=st.integers(0, 2**16))
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_patches_times_weights_are_the_convolution(conv, count, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, 4, 7, 8, generator=generator)
     with torch.no_grad():
-        y = conv(x)
-        at = sample_positions(y.shape, 2, count, generator)
-        ours = layer_outputs(patches(conv, x, at, conv.groups), conv.weight)
+        wanted = conv(x)
+        call, y = capture(conv, x)
+        at = sample_positions(call, y.shape, 2, count, generator)
+        ours = layer_outputs(patches(call, at, conv.groups), conv.weight)
+    assert torch.allclose(y, wanted, atol=1e-5)
     assert torch.allclose(ours, at.outputs(y), atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(5, 6), (5, 3, 6)])
+@pytest.mark.parametrize("shape", [(5, 6), (5, 3, 6), (5, 2, 3, 6)])
 def test_patches_of_a_linear_layer(shape):
-    linear, x = nn.Linear(6, 4), torch.randn(shape)
-    y = linear(x)
-    at = sample_positions(y.shape, 3, 100, torch.Generator())
+    linear = nn.Linear(6, 4)
+    call, y = capture(linear, torch.randn(shape))
+    at = sample_positions(call, y.shape, 3, 100, torch.Generator())
     assert len(at.n_P) == y[:3].numel() // 4
-    ours = layer_outputs(patches(linear, x, at, 1), linear.weight) + linear.bias
+    ours = layer_outputs(patches(call, at, 1), linear.weight) + linear.bias
     assert torch.allclose(ours, at.outputs(y), atol=1e-5)
     assert torch.allclose(at.outputs(y), y[:3].reshape(-1, 4))
 
 
 def test_positions_are_distinct_and_of_the_first_images_only():
-    at = sample_positions(torch.Size((9, 2, 4, 5)), 3, 50, torch.Generator())
+    call, y = capture(nn.Conv2d(1, 2, 1), torch.zeros(9, 1, 4, 5))
+    at = sample_positions(call, y.shape, 3, 50, torch.Generator())
     places = set(zip(at.n_P.tolist(), at.row_P.tolist(), at.col_P.tolist(), strict=True))
     assert len(places) == 50
     assert int(at.n_P.max()) < 3

@@ -9,8 +9,8 @@ from torch import nn
 from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
-from rlcompress.core.graph import build_network
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.structure import build_network
 from rlcompress.core.tensors import load_tensors
 from rlcompress.core.train import Recipe, logits_of, measure, top1, train
 

@@ -1,0 +1,173 @@
+"""What one forward pass shows of a network: which layers are used, in which order, how their
+outputs go on, and what is never reached.
+
+The connections are read off autograd's graph, so any Python control flow will do; what is seen is
+the path that the example takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlcompress.core.calls import Call, LayerCalls, layer_weights
+from rlcompress.core.errors import UserError
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """
+    order      layers in the order in which they are first used
+    uses       layer -> how often;  called  the layers whose modules are called themselves
+    positions  layer -> output positions of one image (of its last use)
+    last       layers whose outputs reach the network's output through no other layer
+    absorbed   layer -> the batch norm that alone reads it
+    reached    ids of the parameters that the output depends on
+    output     what the network returned
+    """
+
+    order: tuple[str, ...]
+    uses: Counter[str]
+    called: frozenset[str]
+    positions: dict[str, int]
+    last: frozenset[str]
+    absorbed: dict[str, str]
+    reached: frozenset[int]
+    output: Any
+
+
+@contextmanager
+def all_gradients(model: nn.Module):  # type: ignore[no-untyped-def]
+    """Gradients on, for every parameter; as before afterwards."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    with torch.inference_mode(False), torch.enable_grad():
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []
+
+
+def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
+    """Runs `model`, in eval mode, once on `inputs`. Raises UserError if it cannot be run."""
+    order: list[str] = []
+    uses: Counter[str] = Counter()
+    positions: dict[str, int] = {}
+    layer_of: dict[Any, str] = {}  # autograd node of a layer's output -> the layer
+    norm_of: dict[Any, list[str]] = {}  # autograd node of a norm's input -> norms
+    norm_uses: Counter[str] = Counter()
+    called: Counter[str] = Counter()
+
+    def on_layer(call: Call) -> torch.Tensor:
+        y = call.run()
+        if call.name not in uses:
+            order.append(call.name)
+        uses[call.name] += 1
+        shape = y.shape[1:-1] if call.window is None else y.shape[2:]
+        positions[call.name] = math.prod(shape)
+        layer_of[y.grad_fn] = call.name
+        return y
+
+    def on_norm(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def pre(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            norm_uses[name] += 1
+            # Three dimensions: its channels are not a linear layer's outputs.
+            if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (2, 4):
+                norm_of.setdefault(args[0].grad_fn, []).append(name)
+
+        return pre
+
+    weights = layer_weights(model)
+    with ExitStack() as stack:
+        stack.enter_context(all_gradients(model))
+        for name, module in model.named_modules():
+            if isinstance(module, NORMS) and module.running_mean is not None:
+                handle = module.register_forward_pre_hook(on_norm(name))
+                stack.callback(handle.remove)
+            if name in weights:
+                handle = module.register_forward_pre_hook(
+                    lambda _module, _args, name=name: called.update([name])
+                )
+                stack.callback(handle.remove)
+        stack.enter_context(LayerCalls(weights, on_layer))
+        try:
+            output = model(*inputs)
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(list(inputs)))
+            raise UserError(
+                f"{type(model).__name__} cannot be run on an input of shape {shapes}: {first}"
+            ) from error
+
+    readers, reached, last = _walk([t.grad_fn for t in _tensors(output)], layer_of)
+    absorbed = {}
+    for node, names in norm_of.items():
+        layer = layer_of.get(node)
+        if (
+            layer is not None
+            and uses[layer] == len(names) == norm_uses[names[0]] == 1
+            and readers[node] == 1
+        ):
+            absorbed[layer] = names[0]
+    return Reading(
+        tuple(order),
+        uses,
+        frozenset(name for name in order if called[name] == uses[name]),
+        positions,
+        frozenset(last),
+        absorbed,
+        frozenset(reached),
+        output,
+    )
+
+
+def _walk(roots: list[Any], layer_of: dict[Any, str]) -> tuple[Counter[Any], set[int], set[str]]:
+    """Over autograd's graph: how many read each node, ids of the parameters reached, and the
+    layers met before any other."""
+    readers: Counter[Any] = Counter(root for root in roots if root is not None)
+    seen: set[Any] = set()
+    reached: set[int] = set()
+    stack = [root for root in roots if root is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            reached.add(id(variable))
+        for following, _ in node.next_functions:
+            if following is not None:
+                readers[following] += 1
+                stack.append(following)
+    last: set[str] = set()
+    stack, seen = [root for root in roots if root is not None], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in layer_of:
+            last.add(layer_of[node])
+            continue
+        stack += [following for following, _ in node.next_functions if following is not None]
+    return readers, reached, last

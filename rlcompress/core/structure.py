@@ -1,0 +1,270 @@
+"""Reads the structure of a network: layers, groups, what is protected and why.
+
+Three parts: one forward pass (`reading`), coupled channels (`coupling`), and a check: whatever is
+cut, the network must compute what it computes under masks. A group that fails it is protected.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlcompress.core.calls import layer_weights
+from rlcompress.core.coupling import Coupling, Member, couple
+from rlcompress.core.errors import UserError
+from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
+from rlcompress.core.prune import cut, masked
+from rlcompress.core.reading import NORMS, Reading, all_gradients, read
+
+#: Largest difference between a masked and a cut network, relative to the largest output.
+TOLERANCE = 1e-4
+CHECK_SECONDS = 20.0
+
+
+def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1) -> Network:
+    """Reads a network's structure. `example` is one input (1, C, H, W).
+
+    round_to  kept channels are multiples of it (or all there are)
+
+    Raises UserError if it cannot be run, does not return one tensor, or has no layer.
+    """
+    model = model.eval()
+    weights = layer_weights(model)
+    _refuse_shared(weights)
+    reading = read(model, (example,))
+    if not isinstance(reading.output, torch.Tensor):
+        raise UserError(
+            f"{type(model).__name__} returns a {type(reading.output).__name__}; "
+            "allowed: one tensor of logits (N, classes)"
+        )
+    if not reading.order:
+        raise UserError(f"{type(model).__name__} has no Conv2d or Linear layer to compress")
+    with all_gradients(model):
+        coupling = couple(model, example, reading.order, reading.last)
+    network = _assemble(model, example, reading, coupling, round_to)
+    return _checked(model, network)
+
+
+def _refuse_shared(weights: dict[str, torch.Tensor]) -> None:
+    names: dict[int, str] = {}
+    for name, weight in weights.items():
+        if (other := names.setdefault(id(weight), name)) != name:
+            raise UserError(f"layers {other!r} and {name!r} share one weight: not supported")
+
+
+def _kind(module: LayerModule) -> str:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if module.groups == module.in_channels == module.out_channels and module.groups > 1:
+        return "depthwise"
+    if module.groups > 1:
+        return "grouped"
+    return "pointwise" if module.kernel_size == (1, 1) else "conv"
+
+
+def _channels(module: LayerModule) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.in_channels, module.out_channels
+
+
+def _why_whole(members: Sequence[Member], consumers: Sequence[str], reading: Reading) -> str:
+    """Why a group's channels may not be cut; empty if they may."""
+    for member in members:
+        module = member.module
+        if module is None:
+            return f"it meets {member.name}"
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if _kind(module) == "grouped":
+                return f"it meets the grouped convolution {member.name}"
+            if reading.uses[member.name] != 1:
+                return f"{member.name} is used {reading.uses[member.name]} times"
+        elif not isinstance(module, NORMS) or module.running_mean is None:
+            return f"it meets {type(module).__name__} {member.name}"
+    return "" if consumers else "nothing reads it"
+
+
+def _assemble(
+    model: nn.Module, example: torch.Tensor, reading: Reading, coupling: Coupling, round_to: int
+) -> Network:
+    modules = dict(model.named_modules())
+    order, place = reading.order, {name: i for i, name in enumerate(reading.order)}
+    inputs: dict[str, list[Link]] = {name: [] for name in modules}
+    outputs: dict[str, list[Link]] = {name: [] for name in modules}
+    group_of: dict[str, str] = {}
+    groups: dict[str, Group] = {}
+    for members in coupling.groups:
+        layers = sorted({m.name for m in members if m.output and m.name in place}, key=place.get)  # type: ignore[arg-type]
+        consumers = sorted(
+            {m.name for m in members if not m.output and m.name in place},
+            key=place.get,  # type: ignore[arg-type]
+        )
+        owner = layers[0]
+        for member in members:
+            if member.module is None:
+                continue
+            side = outputs if member.output else inputs
+            side[member.name].append(Link(owner, member.root, member.index))
+            if member.output and member.name in place:
+                group_of[member.name] = owner
+        groups[owner] = Group(
+            name=owner,
+            channels=1 + max(int(m.root.max()) for m in members),
+            owner=owner,
+            layers=tuple(layers),
+            consumers=tuple(consumers),
+            protected=_why_whole(members, consumers, reading),
+            round_to=round_to,
+        )
+    layers_out = {}
+    for name in order:
+        module = modules[name]
+        assert isinstance(module, LayerModule)
+        in_channels, out_channels = _channels(module)
+        kind = _kind(module)
+        group = group_of.get(name)
+        if group is not None:
+            protected = groups[group].protected
+        elif name in reading.last:
+            protected = "it is the network's output"
+        else:
+            protected = "its channels could not be read"
+        layers_out[name] = Layer(
+            name=name,
+            kind=kind,
+            group=group,
+            # A depthwise layer's input channels are its output channels.
+            inputs=tuple(outputs[name] if kind == "depthwise" else inputs[name]),
+            outputs=tuple(outputs[name]),
+            in_channels=in_channels,
+            out_channels=out_channels,
+            conv_groups=module.groups if isinstance(module, nn.Conv2d) else 1,
+            kernel=math.prod(module.kernel_size) if isinstance(module, nn.Conv2d) else 1,
+            positions=reading.positions[name],
+            batch_norm=reading.absorbed.get(name),
+            has_bias=module.bias is not None,
+            protected=protected,
+        )
+    unused = _unused(model, reading)
+    norms = tuple(
+        Norm(
+            name,
+            sum(t.is_floating_point() for t in module.state_dict().values()),
+            module.num_features,
+            tuple(outputs[name]),
+        )
+        for name, module in modules.items()
+        if isinstance(module, NORMS)
+        and module.running_mean is not None
+        and name not in reading.absorbed.values()
+        and not _inside(name, unused)
+    )
+    network = Network(
+        layers=layers_out,
+        groups={g: groups[g] for g in sorted(groups, key=place.get)},  # type: ignore[arg-type]
+        norms=norms,
+        input_shape=tuple(example.shape[1:]),
+        unused=unused,
+        unread=coupling.unread,
+        modules=tuple(modules),
+    )
+    return replace(network, rest=_rest(model, network))
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def _unused(model: nn.Module, reading: Reading) -> tuple[str, ...]:
+    """The outermost modules that have parameters, none of which the output depends on."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        parameters = list(module.parameters())
+        if (
+            name
+            and parameters
+            and not _inside(name, found)
+            and not any(id(p) in reading.reached for p in parameters)
+        ):
+            found.append(name)
+    return tuple(found)
+
+
+def _rest(model: nn.Module, network: Network) -> dict[str, tuple[int, ...]]:
+    owned = {*network.layers, *(norm.name for norm in network.norms)}
+    owned |= {layer.batch_norm for layer in network.layers.values() if layer.batch_norm}
+    rest = {}
+    for name, tensor in model.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        mine = module in owned and (module not in network.layers or leaf in ("weight", "bias"))
+        if tensor.is_floating_point() and not mine and not _inside(module, network.unused):
+            rest[name] = tuple(tensor.shape)
+    return rest
+
+
+# --- the check ---------------------------------------------------------------------------------
+
+
+def _protect(network: Network, names: Sequence[str], reason: str) -> Network:
+    groups = {
+        name: replace(group, protected=reason) if name in names else group
+        for name, group in network.groups.items()
+    }
+    layers = {
+        name: replace(layer, protected=reason) if layer.group in names else layer
+        for name, layer in network.layers.items()
+    }
+    return replace(network, groups=groups, layers=layers)
+
+
+def _agrees(model: nn.Module, network: Network, names: Sequence[str], x: torch.Tensor) -> bool:
+    """Whether cutting half of the channels of these groups computes what masking them does."""
+    rng = np.random.default_rng(0)
+    kept = {}
+    for name in names:
+        channels = network.groups[name].channels
+        kept[name] = np.zeros(channels, dtype=bool)
+        kept[name][rng.permutation(channels)[: max(1, channels // 2)]] = True
+    try:
+        small = cut(model, network, kept)(x)
+    except Exception:
+        return False  # whatever a wrongly cut network raises
+    wanted = masked(model, network, kept)(x)
+    limit = TOLERANCE * wanted.abs().max()
+    return small.shape == wanted.shape and bool((small - wanted).abs().max() <= limit)
+
+
+@torch.no_grad()
+def _checked(model: nn.Module, network: Network) -> Network:
+    names = [name for name, group in network.groups.items() if not group.protected]
+    device = next(model.parameters()).device
+    x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(device)
+    deadline = time.monotonic() + CHECK_SECONDS
+    wrong: list[str] = []
+    unsure: list[str] = []
+
+    def search(names: Sequence[str]) -> None:
+        if not names or _agrees(model, network, names, x):
+            return
+        if len(names) == 1:
+            wrong.extend(names)
+        elif time.monotonic() > deadline:
+            unsure.extend(names)
+        else:
+            search(names[: len(names) // 2])
+            search(names[len(names) // 2 :])
+
+    search(names)
+    network = _protect(network, wrong, "a cut there changes what other channels compute")
+    network = _protect(network, unsure, "that a cut there is exact could not be checked in time")
+    left = [name for name in names if name not in (*wrong, *unsure)]
+    if (wrong or unsure) and not _agrees(model, network, left, x):
+        network = _protect(network, left, "cuts there change what other channels compute")
+    return network

@@ -1,0 +1,87 @@
+"""A network as a graph of operations (torch.fx), where its Python code allows that."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Collection
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from rlcompress.core.errors import UserError
+from rlcompress.core.reading import NORMS
+
+#: The trace computes what the model does, but for the order of float operations.
+TOLERANCE = 1e-4
+_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
+
+class TraceError(UserError):
+    """torch.fx cannot follow the network's Python code."""
+
+
+class _Tracer(fx.Tracer):
+    """Layers and norms stay whole, whatever package they come from."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, (nn.Conv2d, nn.Linear, *NORMS)) or super().is_leaf_module(
+            module, qualified_name
+        )
+
+
+def trace(model: nn.Module, example: torch.Tensor, layers: Collection[str] = ()) -> fx.GraphModule:
+    """The network as an fx graph with the shapes of `example` (N, C, H, W) on its nodes.
+
+    In-place operations are made out-of-place, so that earlier activations stay valid. Raises
+    `TraceError` if the control flow cannot be traced, if one of `layers` is not called as a module
+    exactly once, or if the graph computes something else than the model.
+    """
+    name = type(model).__name__
+    try:
+        traced = fx.GraphModule(model, _Tracer().trace(model))
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TraceError(f"{name} cannot be traced by torch.fx: {first}") from error
+    calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+    for layer in layers:
+        if calls.count(layer) != 1:
+            raise TraceError(
+                f"{name} cannot be traced by torch.fx: {layer} is not called just once"
+            )
+    with torch.inference_mode():
+        probe = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+        probe = probe.to(example)
+        wanted = model(probe.clone())
+        _out_of_place(traced)
+        try:
+            ShapeProp(traced).propagate(probe)
+            got = traced(probe)
+            same = bool((got - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TraceError(f"{name} cannot be traced by torch.fx: {first}") from error
+    if not same:
+        raise TraceError(f"{name} cannot be traced by torch.fx: the graph gives other answers")
+    return traced
+
+
+def _out_of_place(traced: fx.GraphModule) -> None:
+    for name, module in list(traced.named_modules()):
+        if getattr(module, "inplace", False):
+            # The graph shares its modules with the model, which stays as it is.
+            module = copy.copy(module)
+            module.inplace = False
+            traced.set_submodule(name, module)
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            name = getattr(node.target, "__name__", "")
+            if node.target in _IN_PLACE_OPERATORS:
+                node.target = getattr(operator, name[1:])
+            said = node.normalized_arguments(traced, normalize_to_only_use_kwargs=True)
+            if said is not None and said.kwargs.get("inplace"):
+                node.args, node.kwargs = (), {**said.kwargs, "inplace": False}
+        elif node.op == "call_method" and node.target.endswith("_"):
+            node.target = node.target.rstrip("_")
+    traced.recompile()
