@@ -171,14 +171,41 @@ def ls_(file: File = FILE) -> None:
 
 
 @app.command()
-def check(name: Name, file: File = FILE, sets: Sets = None, out: Out = None) -> None:
-    """Print the resolved experiment, the layers, and the time to expect. Starts no Ray.
+def check(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[EXPERIMENT]", help="A name that `ls` lists.")
+    ] = None,
+    file: File = FILE,
+    sets: Sets = None,
+    out: Out = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="PKG.MOD:FACTORY", help="A network alone, without data."),
+    ] = None,
+    shape: Annotated[
+        str, typer.Option("--input", metavar="C,H,W", help="With --model: shape of one image.")
+    ] = "3,224,224",
+    classes: Annotated[
+        int, typer.Option("--classes", metavar="N", min=1, help="With --model: its num_classes.")
+    ] = 10,
+) -> None:
+    """Print the layers and groups, one evaluation, and the time to expect. Starts no Ray.
 
     \b
     rlcompress check quickstart
-    rlcompress check quickstart --set search.episodes=50
+    rlcompress check --model torchvision.models:resnet18 --input 3,224,224
     """
-    _open(name, file, sets, out).check()
+    if (name is None) == (model is None):
+        raise UserError("check wants an EXPERIMENT or --model PKG.MOD:FACTORY, one of the two")
+    if model is None:
+        assert name is not None
+        return _open(name, file, sets, out).check()
+    from rlcompress import spec
+
+    alone = spec.resolve_alone(model, shape, classes)
+    from rlcompress.stages.check import check_model
+
+    check_model(alone.model, alone.input, alone.classes)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -77,6 +78,12 @@ def _size_range(target: tuple[float, float]) -> tuple[float, float]:
     if not 1.0 < low <= high:
         raise ValueError("must be [low, high] with 1 < low <= high")
     return target
+
+
+def _image_shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r" *[1-9]\d* *(, *[1-9]\d* *){2}", text):
+        raise ValueError("must be C,H,W: three whole numbers of 1 or more")
+    return tuple(int(part) for part in text.split(","))
 
 
 def _device(value: str) -> str:
@@ -238,6 +245,14 @@ class TrackingSpec(_Section):
     uri: str | None = Field(
         None, description="null = MLFLOW_TRACKING_URI, else mlflow.db in the run folder"
     )
+
+
+class Alone(_Section):
+    """A network without data, as `check --model` takes it."""
+
+    model: Annotated[str, _factory(MODELS)]
+    input: Annotated[tuple[int, ...], BeforeValidator(_image_shape)]
+    classes: int = Field(ge=1)
 
 
 class Experiment(_Section):

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_bytes
 from rlcompress.schema import (
+    Alone,
     CalibrationSpec,
     DataSpec,
     DenseSpec,
@@ -346,6 +347,14 @@ def resolve(file: ExperimentFile, name: str, overrides: Sequence[str] = ()) -> E
     if lines:
         raise SpecError(*lines)
     return experiment
+
+
+def resolve_alone(model: str, shape: str, classes: int) -> Alone:
+    """A network without data; `shape` is "C,H,W". Raises SpecError with every problem at once."""
+    try:
+        return Alone.model_validate({"model": model, "input": shape, "classes": classes})
+    except ValidationError as error:
+        raise SpecError(*_problems(Alone, error, lambda loc: "--")) from None
 
 
 def write_resolved(experiment: Experiment, name: str, path: Path | str) -> None:

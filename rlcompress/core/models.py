@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from rlcompress.core.attention import plain_attention
 from rlcompress.core.errors import UserError
 
 #: Output channels of VGG-19's convolutions (Simonyan & Zisserman, 2015, table 1, column E); M is
@@ -149,7 +150,7 @@ def build_model(
     in_channels: int,
     seed: int,
 ) -> nn.Module:
-    """The network, freshly initialised from `seed`, in eval mode.
+    """The network, freshly initialised from `seed`, in eval mode, its attention as plain layers.
 
     `num_classes` and `in_channels` come from the data and are passed where the factory takes
     them and `args` does not name them. Raises UserError if the factory refuses its arguments.
@@ -173,4 +174,4 @@ def build_model(
         raise UserError(
             f'model "{factory}" gave a {type(model).__name__}; a factory returns a torch.nn.Module'
         )
-    return model.eval()
+    return plain_attention(model).eval()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlcompress.core.attention import Attention
 from rlcompress.core.calls import layer_weights
 from rlcompress.core.coupling import Coupling, Member, couple
 from rlcompress.core.errors import UserError
@@ -74,12 +75,16 @@ def _channels(module: LayerModule) -> tuple[int, int]:
     return module.in_channels, module.out_channels
 
 
-def _why_whole(members: Sequence[Member], consumers: Sequence[str], reading: Reading) -> str:
-    """Why a group's channels may not be cut; empty if they may."""
+def _why_whole(
+    members: Sequence[Member], consumers: Sequence[str], reading: Reading, heads: Sequence[str]
+) -> str:
+    """Why a group's channels may not be cut; empty if they may. `heads`: attention modules."""
     for member in members:
         module = member.module
         if module is None:
             return f"it meets {member.name}"
+        if member.output and any(member.name.startswith(f"{name}.") for name in heads):
+            return f"it is split into attention heads ({member.name})"
         if isinstance(module, nn.Conv2d | nn.Linear):
             if _kind(module) == "grouped":
                 return f"it meets the grouped convolution {member.name}"
@@ -99,6 +104,7 @@ def _assemble(
     outputs: dict[str, list[Link]] = {name: [] for name in modules}
     group_of: dict[str, str] = {}
     groups: dict[str, Group] = {}
+    heads = [name for name, module in modules.items() if isinstance(module, Attention)]
     for members in coupling.groups:
         layers = sorted({m.name for m in members if m.output and m.name in place}, key=place.get)  # type: ignore[arg-type]
         consumers = sorted(
@@ -119,7 +125,7 @@ def _assemble(
             owner=owner,
             layers=tuple(layers),
             consumers=tuple(consumers),
-            protected=_why_whole(members, consumers, reading),
+            protected=_why_whole(members, consumers, reading, heads),
             round_to=round_to,
         )
     layers_out = {}

@@ -1,4 +1,7 @@
-"""`check`: what an experiment is and what it would cost, before anything long begins."""
+"""`check`: what an experiment, or a network alone, is and would cost, before anything long begins.
+
+Starts no Ray and writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,80 +9,111 @@ import os
 import time
 from dataclasses import replace
 
+import torch
 import yaml
-from rich.table import Table
 from torch import nn
 
-from rlcompress.core.cost import CostModel
+from rlcompress.core.artifact import ModelRef
+from rlcompress.core.data import Split
+from rlcompress.core.problem import Problem, make_bundle
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.sensitivity import estimate
 from rlcompress.core.structure import build_network
 from rlcompress.core.train import Recipe, train
 from rlcompress.live import console
+from rlcompress.schema import CalibrationSpec, SearchSpec
 from rlcompress.searchers import uniform
-from rlcompress.stages.workspace import Workspace
+from rlcompress.stages.describe import notes, show_structure
+from rlcompress.stages.workspace import Workspace, default_threads
+
+#: Images, of the calibration's usual 512, that a network without data is tried on.
+TRIED_IMAGES = 32
 
 
 def check(run: Workspace) -> None:
-    """Prints the resolved experiment, the layer and group table, the dense cost, one measured
-    evaluation and the time to expect. Starts no Ray and writes nothing."""
+    """Prints the resolved experiment, the tables of layers and groups, the dense cost, one
+    measured evaluation and the time to expect."""
     e = run.experiment
     console.print(yaml.safe_dump(e.model_dump(mode="json"), sort_keys=False, width=100).rstrip())
     trained = (run.folder / "dense" / "metrics.json").exists()
     model = run.network("trained") if trained else run.ref.build(e.seed)
-    network = build_network(model, run.ref.example())
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("layer", "kind", "in", "out", "kernel", "params", "MACs", "keep is decided by"):
-        right = column in ("in", "out", "kernel", "params", "MACs")
-        table.add_column(column, justify="right" if right else "left")
-    for layer in network.layers.values():
-        group = network.groups[layer.group] if layer.group else None
-        if group is None:
-            decided = "nothing: it is the network's output"
-        elif group.protected:
-            decided = f"nothing: {group.protected}"
-        else:
-            decided = "this layer" if group.owner == layer.name else group.owner
-        numbers = (layer.in_channels, layer.out_channels, layer.kernel, layer.weights, layer.macs)
-        table.add_row(layer.name, layer.kind, *(f"{n:,}" for n in numbers), decided)
-    console.print(table)
-    cost = CostModel(network).cost(Schedule())
-    console.print(
-        f"dense: {len(network.layers)} layers in {len(network.groups)} groups, "
-        f"{cost.bytes:,} bytes, {cost.params:,} parameters, {cost.macs:,} MACs"
-    )
-    _time(run, model, trained)
-
-
-def _time(run: Workspace, model: nn.Module, trained: bool) -> None:
-    """Measures one evaluation and a little training, and adds up what a run takes."""
-    e = run.experiment
+    show_structure(run.structure)
     begun = time.perf_counter()
     problem = run.bundle_of(model, run.estimate(model)).problem()
     prepared = time.perf_counter() - begun
     problem.require_reachable(e.search.target)
-    sizes = uniform.grid(problem, e.search.target)
+    untrained = "" if trained else "of the untrained network: only its time means anything"
+    episode = _evaluate(problem, e.search.target, untrained)
+    _expect(run, trained, prepared, episode)
+    console.print(f"next     rlcompress run {run.name}")
+
+
+def check_model(factory: str, input_shape: tuple[int, ...], num_classes: int) -> None:
+    """The same for a network without data: random weights, noise for images."""
+    torch.set_num_threads(default_threads())
+    ref = ModelRef(factory, {}, num_classes, input_shape)
+    model = ref.build()
+    search = SearchSpec()
+    network = build_network(model, ref.example(), round_to=search.round_to)
+    show_structure(network)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(TRIED_IMAGES, *input_shape, generator=generator)
+    labels = torch.zeros(TRIED_IMAGES, dtype=torch.long)
+    half = TRIED_IMAGES // 2
+    fit, score = (Split(noise[part], labels[part]) for part in (slice(half), slice(half, None)))
+    estimates = estimate(
+        model, network, fit.images(), keeps=search.keeps, bits=search.bits, batch=half
+    )
+    bundle = make_bundle(model, ref, network, fit, score, estimates, cache_bytes=0)
+    problem = bundle.problem()
+    largest = problem.max_ratio()
+    episode = _evaluate(problem, (min(8.0, largest), largest), "noise, random weights")
+    calibration = CalibrationSpec()
+    images = calibration.fit_images + calibration.score_images
+    seconds = episode * images / TRIED_IMAGES * search.episodes
+    console.print(
+        f"to expect, about: {seconds / 60:.0f} minutes for {search.episodes} evaluations of "
+        f"{images} images in one process; at most {largest:.0f}x fewer bytes"
+    )
+    console.print("next     name it in experiments.yaml: model: {factory: " + factory + "}")
+
+
+def _evaluate(problem: Problem, target: tuple[float, float], note: str) -> float:
+    """Measures one schedule; the seconds."""
+    for line in notes(problem.network, problem.evaluator):
+        console.print(line)
+    sizes = uniform.grid(problem, target)
     # A narrow range may hold no uniform schedule.
-    schedule = (
-        sizes[len(sizes) // 2]
-        if sizes
-        else problem.prior.schedule(problem.dense.bytes / e.search.target[0])
+    schedule: Schedule = (
+        sizes[len(sizes) // 2] if sizes else problem.prior.schedule(problem.dense.bytes / target[0])
     )
     begun = time.perf_counter()
     measurement = problem.evaluator.evaluate(schedule)
-    episode = time.perf_counter() - begun
-    note = "" if trained else " (of the untrained network: only its time means anything)"
+    seconds = time.perf_counter() - begun
     console.print(
-        f"one evaluation: {episode:.2f} s, {problem.dense.bytes / measurement.bytes:.1f}x, "
-        f"accuracy {measurement.accuracy:.1%}{note}"
+        f"one evaluation: {seconds:.2f} s, {problem.dense.bytes / measurement.bytes:.1f}x, "
+        f"accuracy {measurement.accuracy:.1%}{f' ({note})' if note else ''}"
     )
+    return seconds
+
+
+def _image_seconds(run: Workspace) -> float:
+    """One image forward and backward, measured."""
+    e = run.experiment
     batch = min(e.dense.batch_size, len(run.data.train))
     sample = run.data.train.sample(2 * batch, e.seed)
-    probe = run.ref.build(e.seed).to(run.device)
+    probe: nn.Module = run.ref.build(e.seed).to(run.device)
     recipe = Recipe(epochs=1, batch_size=batch, lr=1e-4)
     train(probe, sample, recipe, seed=0)
     begun = time.perf_counter()
     train(probe, sample, replace(recipe, lr=1e-4), seed=1)
-    image = (time.perf_counter() - begun) / len(sample)
+    return (time.perf_counter() - begun) / len(sample)
+
+
+def _expect(run: Workspace, trained: bool, prepared: float, episode: float) -> None:
+    """Adds up what a run takes."""
+    e = run.experiment
+    image = _image_seconds(run)
     own = e.search.episodes
     baseline = (e.search.baseline_episodes or own) * len(e.search.baselines)
     on_ray = "ppo" in (e.search.searcher, *e.search.baselines)
@@ -97,4 +131,3 @@ def _time(run: Workspace, model: nn.Module, trained: bool) -> None:
         + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items())
         + f"; {sum(parts.values()) / 60:.1f} minutes in all"
     )
-    console.print(f"next     rlcompress run {run.name}")

@@ -10,8 +10,9 @@ from rlcompress import searchers
 from rlcompress.core.files import JsonLines, save_json
 from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
-from rlcompress.live import stage
+from rlcompress.live import console, stage
 from rlcompress.searchers import Settings
+from rlcompress.stages.describe import notes
 from rlcompress.stages.workspace import Workspace
 
 
@@ -67,6 +68,8 @@ def _search_with(
     e, folder = run.experiment, run.folder / "search"
     settings = Settings(budget, e.search.target, e.seed)
     run.problem.require_reachable(settings.target)
+    for line in notes(run.structure, run.problem.evaluator):
+        console.print(line)
     _describe_problem(run, folder)
     dense = run.problem.dense
     floor = dense.accuracy - e.ticket.floor / 100
