@@ -24,6 +24,8 @@ from pydantic import (
     field_validator,
 )
 
+from rlcompress.core.schedule import BITS, KEEPS
+
 MODELS = ("vgg19", "mobilenetv2", "resnet18")
 DATASETS = ("digits", "fashion_mnist", "cifar10")
 Searcher = Literal["ppo", "knapsack", "random", "uniform"]
@@ -175,14 +177,14 @@ class SearchSpec(_Section):
         AfterValidator(_distinct),
         AfterValidator(_has_one),
     ] = Field(
-        (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1),
+        KEEPS,
         description="keep ratios a group may take, in (0, 1], with 1.0",
     )
     bits: Annotated[
         tuple[Annotated[int, Field(ge=2, le=8)], ...],
         Field(strict=False, min_length=1),
         AfterValidator(_distinct),
-    ] = Field((2, 3, 4, 5, 6, 8), description="weight bits a layer may take, 2 to 8")
+    ] = Field(BITS, description="weight bits a layer may take, 2 to 8")
     round_to: int = Field(
         8, ge=1, description="surviving channels come in multiples of it (or all); 1 = any number"
     )

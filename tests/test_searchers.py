@@ -84,7 +84,8 @@ def test_knapsack_is_the_optimum_of_the_estimates(problem):
     for ratio in (4.0, 6.0, 8.0):
         limit = problem.dense.bytes / ratio
         found = program.solve(limit)
-        best = min(estimated(s) for s, size in everything if size <= limit)
+        slack = len(problem.network.layers)
+        best = min(estimated(s) for s, size in everything if size <= limit - slack)
         assert found is not None
         assert problem.evaluator.costs.cost(found).bytes <= limit
         # The solver may stop within 1 %, and leaves a byte a layer for rounding up.

@@ -23,13 +23,13 @@ from rlcompress.core.graph import Link, Network
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, performance_density
 
 ACTIVATION_BITS = 32
-_HEADER_BASE, _HEADER_PER_LAYER, _HEADER_PER_NORM = 1024, 40, 16
+_HEADER_BASE, _HEADER_PER_LAYER, _HEADER_PER_NORM = 640, 36, 16
 
 
 def header_bytes(network: Network) -> int:
     """Bytes of the artifact's header: room for the manifest, a constant of the network.
 
-    A kilobyte, 40 bytes a layer and 16 a batch norm that no layer absorbs (or a module that is
+    640 bytes, 36 a layer and 16 a batch norm that no layer absorbs (or a module that is
     left out), rounded up to 64.
     """
     more = _HEADER_PER_LAYER * len(network.layers)

@@ -34,16 +34,17 @@ class LimitError(Exception):
 
 @contextmanager
 def bounded(seconds: float, growth_bytes: int = MAX_GROWTH_BYTES) -> Iterator[None]:
-    """Raises `LimitError` in the calling thread, between two of its Python instructions, once it
-    has run for `seconds` or the process has grown by `growth_bytes`."""
+    """Raises `LimitError` in the calling thread, between two of its Python instructions, once the
+    process has worked for `seconds` of CPU time (a busy machine changes no result) or has grown by
+    `growth_bytes`."""
     process, caller = psutil.Process(), threading.get_ident()
     ceiling = process.memory_info().rss + growth_bytes
     done, raised = threading.Event(), threading.Event()
 
     def watch() -> None:
-        deadline = time.monotonic() + seconds
+        deadline = time.process_time() + seconds
         while not done.wait(0.05):
-            if time.monotonic() > deadline or process.memory_info().rss > ceiling:
+            if time.process_time() > deadline or process.memory_info().rss > ceiling:
                 raised.set()
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(caller), ctypes.py_object(LimitError)

@@ -46,7 +46,7 @@ class Link:
 class Layer:
     """One weight-carrying module. `kind`: conv, pointwise, depthwise, grouped or linear.
 
-    `group` is None where no group holds its output channels; `protected` says why.
+    `group` is None where its output channels may not be cut; `protected` says why.
     """
 
     name: str
@@ -132,6 +132,13 @@ class Network:
     def counts(self, schedule: Schedule) -> dict[str, int]:
         """Group -> channels that survive."""
         return {g.name: g.count(schedule.ratio(g.name)) for g in self.groups.values()}
+
+    def uniform(self, keep: float, bits: int) -> Schedule:
+        """The same keep ratio and bits everywhere."""
+        return Schedule(
+            {g.name: keep for g in self.groups.values() if not g.protected},
+            dict.fromkeys(self.layers, bits),
+        )
 
     def validate(self, schedule: Schedule) -> None:
         """Raises UserError naming every group and layer the network does not have."""

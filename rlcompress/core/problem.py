@@ -19,7 +19,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.graph import Network
 from rlcompress.core.prior import Prior
-from rlcompress.core.schedule import Measurement, Schedule
+from rlcompress.core.schedule import Measurement
 from rlcompress.core.sensitivity import Estimates
 
 
@@ -121,13 +121,6 @@ class Problem:
                 f"search.target = {list(target)}: at most {self.max_ratio():.1f} is possible "
                 f"with the smallest keep {min(self.keeps)} and bits {min(self.bits)}"
             )
-
-    def uniform(self, keep: float, bits: int) -> Schedule:
-        """The same keep ratio and bits everywhere."""
-        return Schedule(
-            {g.name: keep for g in self.network.groups.values() if not g.protected},
-            dict.fromkeys(self.network.layers, bits),
-        )
 
 
 def make_bundle(

@@ -24,6 +24,8 @@ ODD_BITS = (2, 3)
 #: Clip candidates: the largest representable magnitude as a share of the channel's largest.
 CLIP_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 HISTOGRAM_BINS = 64
+#: Bounds of the clip rules' work on very large layers.
+MOST_INPUTS, MOST_OUTPUTS = 8192, 256
 
 
 def max_code(bits: int) -> int:
@@ -60,15 +62,13 @@ def scale_of(weight: torch.Tensor, clip: torch.Tensor | float, bits: int) -> tor
 
 
 def mse_clip(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """clip_O in `CLIP_GRID` with the least squared error of the weights, channel by channel."""
+    """clip_O in `CLIP_GRID` with the least squared error of the weights, channel by channel; of
+    evenly spaced ones where a channel has more than `MOST_INPUTS`."""
+    full = scale_of(weight, 1.0, bits)
+    flat = weight.flatten(1)
+    flat = flat[:, :: -(-flat.shape[1] // MOST_INPUTS)]
     errors = torch.stack(
-        [
-            (fake_quantize(weight, scale_of(weight, c, bits), bits) - weight)
-            .square()
-            .flatten(1)
-            .sum(1)
-            for c in CLIP_GRID
-        ]
+        [(fake_quantize(flat, c * full, bits) - flat).square().sum(1) for c in CLIP_GRID]
     )
     return torch.tensor(CLIP_GRID, dtype=weight.dtype, device=weight.device)[errors.argmin(0)]
 
@@ -113,18 +113,30 @@ def choose_clip(
                  less of the outputs' variance unexplained (neither rule wins everywhere)
     """
 
-    def outputs(w: torch.Tensor) -> torch.Tensor:
-        return layer_outputs(patches_PGD, w)
+    # A share of the convolution groups, or of the one group's output channels.
+    every = -(-weight.shape[0] // MOST_OUTPUTS)
+    sampled = weight
+    if every > 1:
+        groups = patches_PGD.shape[1]
+        whole = weight.unflatten(0, (groups, -1))
+        if groups >= MOST_OUTPUTS:
+            patches_PGD, sampled = patches_PGD[:, ::every], whole[::every].flatten(0, 1)
+        elif groups == 1:
+            sampled = weight[::every]
 
-    reference = outputs(weight)
+    def outputs(clip: torch.Tensor | float) -> torch.Tensor:
+        scale = scale_of(sampled, clip, bits)
+        return layer_outputs(patches_PGD, fake_quantize(sampled, scale, bits))
+
+    reference = layer_outputs(patches_PGD, sampled)
     by_mse = mse_clip(weight, bits)
-    out_mse = outputs(fake_quantize(weight, scale_of(weight, by_mse, bits), bits))
+    out_mse = outputs(mse_clip(sampled, bits))
     kl_mse = histogram_kl(reference, out_mse)
     if rule == "mse":
         return by_mse, kl_mse
     best_kl, best_clip, best_out = math.inf, 1.0, out_mse
     for clip in CLIP_GRID:
-        out = outputs(fake_quantize(weight, scale_of(weight, clip, bits), bits))
+        out = outputs(clip)
         kl = histogram_kl(reference, out)
         if kl < best_kl:
             best_kl, best_clip, best_out = kl, clip, out

@@ -81,22 +81,31 @@ def refit(
     """The refitted weight, in `weight`'s shape. Means are left to the bias or batch norm.
 
     A singular system (dead inputs, fewer positions than inputs) is made definite by the ridge;
-    one that is still not, or not finite, leaves the weight as it was.
+    one that is still not, or not finite, leaves the weight as it was. With more inputs than
+    positions the same minimum is found through X X', which is the smaller system.
     """
-    groups = patches_PGD.shape[1]
+    count, groups, fan = patches_PGD.shape
     x_GPD = (patches_PGD - patches_PGD.mean(0)).permute(1, 0, 2)
     y_PO = targets_PO - targets_PO.mean(0)
     y_GPo = y_PO.reshape(len(y_PO), groups, -1).permute(1, 0, 2)
     w_GDo = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
-    gram_GDD = x_GPD.transpose(1, 2) @ x_GPD
-    diagonal_GD = gram_GDD.diagonal(dim1=1, dim2=2)
-    r_G = ridge * diagonal_GD.mean(1) + 1e-8
-    right_GDo = x_GPD.transpose(1, 2) @ y_GPo + r_G[:, None, None] * w_GDo
-    diagonal_GD += r_G[:, None]
-    factor, info = torch.linalg.cholesky_ex(gram_GDD)
-    if bool(info.any()):
-        return weight
-    fitted_GDo = torch.cholesky_solve(right_GDo, factor)
-    if not bool(torch.isfinite(fitted_GDo).all()):
+    r_G = ridge * x_GPD.square().sum((1, 2)) / fan + 1e-8
+    x_GDP = x_GPD.transpose(1, 2)
+    if fan <= count:
+        fitted_GDo = _solve(x_GDP @ x_GPD, r_G, x_GDP @ y_GPo + r_G[:, None, None] * w_GDo)
+    else:
+        residual_GPo = y_GPo - x_GPD @ w_GDo
+        fitted_GDo = _solve(x_GPD @ x_GDP, r_G, residual_GPo)
+        fitted_GDo = None if fitted_GDo is None else w_GDo + x_GDP @ fitted_GDo
+    if fitted_GDo is None or not bool(torch.isfinite(fitted_GDo).all()):
         return weight
     return fitted_GDo.transpose(1, 2).reshape(weight.shape)
+
+
+def _solve(
+    gram_Gnn: torch.Tensor, ridge_G: torch.Tensor, right_Gno: torch.Tensor
+) -> torch.Tensor | None:
+    """(gram + ridge I)^-1 right; None if that is not definite. Changes `gram_Gnn`."""
+    gram_Gnn.diagonal(dim1=1, dim2=2).add_(ridge_G[:, None])
+    factor, info = torch.linalg.cholesky_ex(gram_Gnn)
+    return None if bool(info.any()) else torch.cholesky_solve(right_Gno, factor)

@@ -15,6 +15,9 @@ from typing import Any
 #: Weight bits that mean "not quantized": the layer keeps 32-bit floats.
 FULL_PRECISION = 32
 MIN_BITS, MAX_BITS = 2, 8
+#: Keep ratios and weight bits that a search chooses from, unless it is told otherwise.
+KEEPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
+BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True, eq=True)

@@ -37,11 +37,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from rlcompress.core.calls import Call, LayerCalls
+from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
 from rlcompress.core.reading import all_gradients
 from rlcompress.core.reconstruct import patches, sample_positions
+from rlcompress.core.schedule import BITS, KEEPS
 from rlcompress.core.tensors import load_tensors, save_tensors
 
 CLIP_POSITIONS = 512
@@ -94,6 +96,11 @@ class Estimates:
         return cls(tuple(about["keeps"]), tuple(about["bits"]), **tables)
 
     def clip_of(self, layer: str, bits: int) -> torch.Tensor:
+        """Raises UserError on a width that was not estimated."""
+        if bits not in self.bits:
+            raise UserError(
+                f"{layer}: {bits} bits; the estimates hold {', '.join(map(str, self.bits))}"
+            )
         return torch.tensor(self.clip[layer][self.bits.index(bits)])
 
 
@@ -281,8 +288,8 @@ def estimate(
     network: Network,
     images: torch.Tensor,
     *,
-    keeps: Sequence[float],
-    bits: Sequence[int],
+    keeps: Sequence[float] = KEEPS,
+    bits: Sequence[int] = BITS,
     clip: str = "auto",
     seed: int = 0,
     batch: int = 64,

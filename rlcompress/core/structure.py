@@ -252,7 +252,7 @@ def _checked(model: nn.Module, network: Network) -> Network:
     device = next(model.parameters()).device
     x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(device)
-    deadline = time.monotonic() + CHECK_SECONDS
+    deadline = time.process_time() + CHECK_SECONDS
     wrong: list[str] = []
     unsure: list[str] = []
 
@@ -261,7 +261,7 @@ def _checked(model: nn.Module, network: Network) -> Network:
             return
         if len(names) == 1:
             wrong.extend(names)
-        elif time.monotonic() > deadline:
+        elif time.process_time() > deadline:
             unsure.extend(names)
         else:
             search(names[: len(names) // 2])
@@ -273,4 +273,23 @@ def _checked(model: nn.Module, network: Network) -> Network:
     left = [name for name in names if name not in (*wrong, *unsure)]
     if (wrong or unsure) and not _agrees(model, network, left, x):
         network = _protect(network, left, "cuts there change what other channels compute")
-    return network
+    return _without_protected_links(network)
+
+
+def _without_protected_links(network: Network) -> Network:
+    """What is never cut needs no map of its channels, and the map may be wrong."""
+
+    def free(links: tuple[Link, ...]) -> tuple[Link, ...]:
+        return tuple(link for link in links if not network.groups[link.group].protected)
+
+    layers = {
+        name: replace(
+            layer,
+            group=None if layer.protected else layer.group,
+            inputs=free(layer.inputs),
+            outputs=free(layer.outputs),
+        )
+        for name, layer in network.layers.items()
+    }
+    norms = tuple(replace(norm, links=free(norm.links)) for norm in network.norms)
+    return replace(network, layers=layers, norms=norms)

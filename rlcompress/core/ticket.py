@@ -195,14 +195,14 @@ def in_process(
 
 
 def write_network(
-    path: Path, small: CutNetwork, network: Network, ref: ModelRef, schedule: Schedule
+    path: Path | str, small: CutNetwork, network: Network, ref: ModelRef, schedule: Schedule
 ) -> None:
     """Writes the packed artifact. `small` is rounded to what the file can hold, in place."""
     bits = {name: schedule.width(name) for name in network.layers}
     small.model.to("cpu")
     scales = {name: scale.cpu() for name, scale in small.scales.items()}
     small.scales = snap(small.model, network, bits, scales)
-    save_bytes(path, pack(small.model, network, ref, bits, small.scales))
+    save_bytes(Path(path), pack(small.model, network, ref, bits, small.scales))
 
 
 @dataclass(frozen=True)

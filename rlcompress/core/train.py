@@ -137,6 +137,8 @@ def epochs(
     mode. Its curve has a row an epoch: `epoch`, `step`, `loss` (mean over the epoch),
     `validation_accuracy` (0-1, or None).
 
+    Of a network that returns several outputs in training, the first is trained.
+
     With `recipe.distill`: `teacher` sees every augmented batch; without augmentation `taught`
     (see `teach`) says the same for less. Raises UserError if the loss stops being finite.
     """
@@ -177,6 +179,8 @@ def epochs(
             if recipe.augment:
                 images = _augment(images, noise)
             logits = model(images)
+            if isinstance(logits, tuple):
+                logits = logits[0]  # auxiliary heads (GoogLeNet's) come behind
             loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             wanted = None
             if taught is not None:

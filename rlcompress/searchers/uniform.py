@@ -23,7 +23,7 @@ def grid(problem: Problem, target: tuple[float, float]) -> list[Schedule]:
     found: list[tuple[int, Schedule]] = []
     for bits in problem.bits:
         for ratio in np.linspace(1.0, min(problem.keeps), RATIOS):
-            schedule = problem.uniform(round(float(ratio), 4), bits)
+            schedule = problem.network.uniform(round(float(ratio), 4), bits)
             channels = (bits, *problem.network.counts(schedule).values())
             size = costs.cost(schedule).bytes
             if channels not in seen and target[0] <= problem.dense.bytes / size <= target[1]:

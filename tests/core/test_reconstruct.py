@@ -84,6 +84,22 @@ def test_positions_are_distinct_and_of_the_first_images_only():
     assert int(at.n_P.max()) < 3
 
 
+@given(count=st.integers(2, 40), inputs=st.integers(1, 40), seed=st.integers(0, 2**16))
+@settings(max_examples=25)
+def test_refit_is_the_ridge_regression_whichever_system_is_smaller(count, inputs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 1, inputs, generator=generator)
+    y = torch.randn(count, 3, generator=generator)
+    weight = torch.randn(3, inputs, generator=generator)
+    a, b = (x[:, 0] - x[:, 0].mean(0)).double(), (y - y.mean(0)).double()
+    gram = a.T @ a
+    r = 0.01 * gram.diagonal().mean()
+    wanted = torch.linalg.solve(
+        gram + (r + 1e-8) * torch.eye(inputs, dtype=torch.double), a.T @ b + r * weight.double().T
+    ).T
+    assert torch.allclose(refit(x, y, weight).double(), wanted, atol=1e-3)
+
+
 @given(
     groups=st.sampled_from([1, 2, 4]),
     inputs=st.integers(1, 6),

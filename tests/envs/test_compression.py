@@ -74,7 +74,8 @@ def test_only_owners_decide_keep(problem):
 
 
 def test_an_illegal_action_is_refused(problem):
-    env = gym.make(ID, problem=problem, target=(9.0, 9.0)).unwrapped
+    largest = 0.98 * problem.max_ratio()
+    env = gym.make(ID, problem=problem, target=(largest, largest)).unwrapped
     observation, _ = env.reset()
     illegal = np.flatnonzero(observation["mask"] == 0)
     with pytest.raises(ValueError, match="illegal"):

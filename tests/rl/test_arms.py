@@ -19,7 +19,7 @@ cluster = pytest.importorskip("rlcompress.rl.cluster")
 @pytest.fixture(scope="module")
 def tasks(bundle, problem):
     cluster.start_ray(PPOSpec())
-    schedule, dense = problem.uniform(problem.keeps[-1], 4), bundle.model()
+    schedule, dense = problem.network.uniform(problem.keeps[-1], 4), bundle.model()
     begin = starts(schedule, problem.evaluator, bundle.ref, dense, bundle.ref.build(0), seed=0)
     return [Task(begin[arm], problem.network, schedule) for arm in ("finetuned", "fresh")]
 

@@ -73,7 +73,7 @@ def test_the_pool_keeps_the_order(bundle, problem):
     from rlcompress.rl import cluster, pool
 
     cluster.start_ray(PPOSpec())
-    schedules = [problem.uniform(k, b) for k in problem.keeps for b in problem.bits]
+    schedules = [problem.network.uniform(k, b) for k in problem.keeps for b in problem.bits]
     measured = list(pool.Pool(bundle, workers=2).measure(schedules))
     expected = [problem.evaluator.evaluate(s) for s in schedules]
     assert [m.bytes for m in measured] == [m.bytes for m in expected]
