@@ -46,6 +46,7 @@ class OnnxFile:
     bytes: int  # on disk
     container_bytes: int  # its tensors alone: codes in their integer type, scales, floats
     difference: float  # largest difference of the outputs / largest output
+    agreement: float  # share of the images with the same answer
 
 
 @contextlib.contextmanager
@@ -195,7 +196,7 @@ def export_onnx(
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    return OnnxFile(path, path.stat().st_size, container_bytes(proto), difference)
+    return OnnxFile(path, path.stat().st_size, container_bytes(proto), difference, agreement)
 
 
 def latency(

@@ -1,7 +1,10 @@
 """Static int8 activations for an ONNX network: integer arithmetic where the runtime has it.
 
-Ranges are calibrated by the KL divergence of Migacz (2017), by onnxruntime's quantizer; the
-weights keep their codes.
+Ranges are calibrated by the KL divergence of Migacz (2017), by onnxruntime's quantizer with its
+own settings: 128 bins, that is, it cuts off only what lies beyond the first batch's range. A
+finer search (512 bins and more) cut into the values after a ReLU, most of which are zero: on
+digits the logits of VGG-19 moved by 0.27 of their deviation instead of 0.015, those of
+MobileNetV2 by 0.44 instead of 0.04. The weights keep their codes.
 """
 
 from __future__ import annotations
@@ -13,8 +16,6 @@ from typing import Any
 
 import numpy as np
 
-#: Histogram bins of a tensor. The quantizer's own 128 leave its search one threshold to choose.
-BINS, LEVELS = 1024, 128
 #: Images at once: what bounds the calibration's memory.
 BATCH = 16
 #: Without weights, but cheaper in int8 than between two conversions.
@@ -62,7 +63,6 @@ def _ranges(model: Any, ops: list[str], images: np.ndarray) -> Any:
             ops,
             f"{folder}/augmented.onnx",
             CalibrationMethod.Entropy,
-            extra_options={"num_bins": BINS, "num_quantized_bins": LEVELS},
         )
         # A call keeps all activations of its reader, and then only their histograms.
         for start in range(0, len(images), BATCH):
@@ -86,7 +86,8 @@ def quantize_activations(model: Any, images: np.ndarray) -> Any:
     for number, node in enumerate(model.graph.node):
         node.name = f"node{number}"
         weighty = len(node.input) > 1 and node.input[1] in weights
-        if weighty or (node.op_type in PASSING and not constants.intersection(node.input[:2])):
+        adds_bias = node.op_type == "Add" and constants.intersection(node.input)
+        if weighty or (node.op_type in PASSING and not adds_bias):
             chosen.append(node)
     model = onnx.shape_inference.infer_shapes(model)
     ops = sorted({node.op_type for node in chosen})
