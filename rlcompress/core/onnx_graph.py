@@ -30,7 +30,7 @@ from rlcompress.core.schedule import FULL_PRECISION
 INT4_VERSIONS, INT2_VERSIONS = (21, 10), (25, 13)
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 #: What an absent attribute means, where the operators' schemas do not say it.
-ABSENT = {
+ABSENT: dict[str, dict[str, int | None]] = {
     "Conv": {"strides": 1, "dilations": 1, "pads": 0, "kernel_shape": None},
     "MaxPool": {"strides": 1, "dilations": 1, "pads": 0},
     "AveragePool": {"strides": 1, "dilations": 1, "pads": 0},
@@ -142,7 +142,7 @@ def store_codes(model: Any, layers: Mapping[str, Codes], *, int8: bool = False) 
         turned ^= bool(transposes)
         codes, axis = (layer.codes.T, 1) if turned else (layer.codes, 0)
         if layer.bits == 2 and not int8:
-            shared = shared or [constant(f"code.{n}", np.float32([n])) for n in (2, 1)]
+            shared = shared or [constant(f"code.{n}", np.array(n, np.float32)) for n in (2, 1)]
             q = constant(f"{name}.codes", ((codes - 1) // 2).astype(ml_dtypes.int2))
             across = [-1 if i == axis else 1 for i in range(codes.ndim)]
             scale = constant(f"{name}.scale", layer.scale.reshape(across))
@@ -208,6 +208,8 @@ def slim(model: Any) -> None:
 
     A small network's file would be mostly that. The names of inputs and outputs stay.
     """
+    import onnx
+
     opset = next(o.version for o in model.opset_import if not o.domain)
     keep = {value.name for value in [*model.graph.input, *model.graph.output]} | {""}
     names: dict[str, str] = {}
@@ -232,6 +234,10 @@ def slim(model: Any) -> None:
         for named in [*graph.input, *graph.output, *graph.initializer]:
             _clear(named, "doc_string", "metadata_props")
             named.name = short(named.name)
+        for tensor in graph.initializer:
+            if not tensor.HasField("raw_data"):
+                array = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
         for node in graph.node:
             _clear(node, "name", "doc_string", "metadata_props", "overload")
             if not node.domain:

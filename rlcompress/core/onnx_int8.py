@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,9 @@ def _float_weights(model: Any) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         q, scale = (numpy_helper.to_array(constants[name]) for name in node.input)
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
         across = [-1 if i == axis else 1 for i in range(q.ndim)]
+        # A channel of nothing but zeros: to divide by its scale, and by its bias's, it needs one.
+        q = np.where(scale.reshape(across) == 0, np.int8(0), q)
+        scale = np.where(scale == 0, np.float32(scale.max() or 1), scale)
         weight = q.astype(np.float32) * scale.reshape(across)
         graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
         graph.node.remove(node)
@@ -81,6 +83,8 @@ def quantize_activations(model: Any, images: np.ndarray) -> Any:
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
     weights = _float_weights(model)
+    if not weights:
+        return model
     constants = {tensor.name for tensor in model.graph.initializer}
     chosen = []
     for number, node in enumerate(model.graph.node):
@@ -104,12 +108,8 @@ def quantize_activations(model: Any, images: np.ndarray) -> Any:
         extra_options={
             "QDQDisableWeightAdjustForInt32Bias": True,
             "TensorQuantOverrides": {
-                name: [
-                    {"axis": axis, "quant_type": QuantType.QInt8, "scale": s, "zero_point": zero}
-                    for s in scale
-                ]
+                name: [{"axis": axis, "scale": s, "zero_point": np.int8(0)} for s in scale]
                 for name, (_, scale, axis) in weights.items()
-                for zero in [np.int8(0)]
             },
         },
     )
