@@ -238,7 +238,13 @@ class TicketSpec(_Section):
 class ExportSpec(_Section):
     """Files a ticket is written to."""
 
-    onnx: bool = Field(True, description="write model.onnx beside the packed weights")
+    onnx: bool = Field(True, description="write model.onnx, with low-bit weights")
+    int8: bool = Field(
+        False, description="write model.int8.onnx too: int8 activations, ranges by KL divergence"
+    )
+    latency: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False), AfterValidator(_distinct)
+    ] = Field((1, 64), description="batch sizes to time in onnxruntime, against dense; [] = none")
 
 
 class TrackingSpec(_Section):

@@ -59,6 +59,10 @@ class TrackingError(RuntimeError):
     """MLflow could not be reached or refused; the message names its URI (password hidden)."""
 
 
+class UnexportableError(TrackingError):
+    """torch.export cannot follow the network."""
+
+
 def _clear(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate[Tracker, P], T]:
     """Turn what MLflow, its database or its server raise into one `TrackingError`."""
 
@@ -178,8 +182,8 @@ class Tracker:
         The alias `champion` moves to it if there is none yet or if it is denser than the
         champion, on the validation split. Density counts at the accuracy floor only: a ticket
         below it never takes the alias from one that is not; see `ticket_rank`. Raises
-        TrackingError if `log_ticket` has not logged this ticket, or if `model` cannot be
-        exported with a free batch size.
+        TrackingError if `log_ticket` has not logged this ticket, UnexportableError if `model`
+        cannot be exported with a free batch size.
         """
         child = self._child(ticket)
         if "rlcompress.complete" not in self.client.get_run(child).data.tags:
@@ -300,9 +304,9 @@ class Tracker:
                 _save_pt2(model, example, folder, about)
             except Exception as error:  # torch.export raises what it likes
                 first = (str(error).splitlines() or [type(error).__name__])[0]
-                raise TrackingError(f"MLflow's pt2 format cannot hold this network: {first}") from (
-                    error
-                )
+                raise UnexportableError(
+                    f"MLflow's pt2 format cannot hold this network: {first}"
+                ) from error
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.log_outputs(child, [LoggedModelOutput(logged.model_id, step=0)])
         return self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)

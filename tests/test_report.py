@@ -288,7 +288,22 @@ def test_arms_and_training_and_learning_figures_show_their_numbers() -> None:
 
 
 def test_model_card_front_matter_and_figures() -> None:
-    card = model_card(PPO, "demo", SPEC)
+    delivered = {
+        "onnx": {
+            "model.onnx": {
+                "bytes": 5432,
+                "container_bytes": 5321,
+                "difference": 2e-7,
+                "accuracy": 0.9,
+            }
+        },
+        "latency": {"1": {"dense": 2.0, "model.onnx": 1.5}},
+    }
+    card = model_card(PPO, "demo", SPEC, delivered)
+    assert "| model.onnx | 5,432 | 5,321 | 90.00 % | 2.0e-07 |" in card
+    assert "| batch 1 | 2.00 | 1.50 |" in card
+    bare = model_card(PPO, "demo", SPEC, {"onnx": {}, "latency": {}})
+    assert "onnx" not in bare.lower()
     _, head, body = card.split("---\n", 2)
     matter = yaml.safe_load(head)
     assert "license" not in matter

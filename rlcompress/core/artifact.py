@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,6 +247,14 @@ def read_artifact(path: Path | str, *, trust: Collection[str] = ()) -> Artifact:
             raise
         raise ArtifactError(f"{path}: not an intact rlcompress artifact: {error}") from error
     return artifact
+
+
+def folded(model: nn.Module, network: Network, ref: ModelRef) -> nn.Module:
+    """A float network with its batch norms folded and without what its output does not need."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        path.write_bytes(pack(model, network, ref, {}, {}))
+        return load_artifact(path, trust=[ref.factory])
 
 
 def _small_int(value: Any) -> int:

@@ -205,10 +205,12 @@ def latency(
     *,
     runs: int = 30,
     threads: int = 1,
+    seconds: float = 10.0,
 ) -> list[float]:
     """Median seconds a run of each ONNX file in onnxruntime on the CPU.
 
     images_shape  (C, H, W);  batch  images a run
+    seconds       no new round begins after them, once there were five
 
     The files take turns, each round one run of every file, so that all see the same noise of
     the machine.
@@ -216,11 +218,21 @@ def latency(
     generator = np.random.default_rng(0)
     feed = {"images": generator.standard_normal((batch, *images_shape), dtype=np.float32)}
     sessions = [_session(Path(path), threads) for path in paths]
-    seconds: list[list[float]] = [[] for _ in sessions]
-    for round_ in range(-3, runs):  # the first three warm up
+    taken: list[list[float]] = [[] for _ in sessions]
+    begun = time.perf_counter()
+    for round_ in range(-2, runs):  # the first two warm up
+        if round_ >= 5 and time.perf_counter() - begun > seconds:
+            break
         for number, session in enumerate(sessions):
             start = time.perf_counter()
             session.run(None, feed)
             if round_ >= 0:
-                seconds[number].append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
+                taken[number].append(time.perf_counter() - start)
+    return [statistics.median(times) for times in taken]
+
+
+def onnx_logits(path: Path | str, images: torch.Tensor) -> torch.Tensor:
+    """(N, classes) of an ONNX file's network in onnxruntime, for images (N, C, H, W)."""
+    session = _session(Path(path), threads=0)
+    parts = [session.run(["logits"], {"images": x.numpy()})[0] for x in images.split(BATCH)]
+    return torch.from_numpy(np.concatenate(parts))

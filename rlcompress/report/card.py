@@ -12,10 +12,16 @@ from rlcompress.core.schedule import Measurement
 from rlcompress.report.figures import TIMES, arm_measurements, size
 
 
-def model_card(ticket: Mapping[str, Any], experiment: str, spec: Mapping[str, Any]) -> str:
+def model_card(
+    ticket: Mapping[str, Any],
+    experiment: str,
+    spec: Mapping[str, Any],
+    delivered: Mapping[str, Any],
+) -> str:
     """Markdown with Hugging Face's YAML front matter, for `tickets/<id>/card.md`.
 
-    ticket  the content of ticket.json; spec  the resolved experiment, with model and data.
+    ticket  the content of ticket.json; spec  the resolved experiment, with model and data
+    delivered  `onnx`: file -> what onnx.json says; `latency`: what latency.json says
     The front matter names no licence: that of the data and the dense network decides.
     """
     compressed = Measurement.from_dict(ticket["ticket"])
@@ -51,7 +57,7 @@ Split: {ticket["split"]}. Seed: {ticket["seed"]}. One run.
 Bytes are those of the written `weights.safetensors`; a control has the ticket's architecture
 and bits. Density is accuracy in % per 10^6 bytes. BOPs are MACs {TIMES} weight bits {TIMES}
 activation bits.
-
+{_files(delivered)}
 ## Limits
 
 - It knows the classes of {data} and answers with one of them for any image.
@@ -72,15 +78,7 @@ from rlcompress.core.artifact import load_artifact
 model = load_artifact("weights.safetensors"{trust})
 ```
 
-ONNX Runtime:
-
-```python
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-logits = session.run(None, {{session.get_inputs()[0].name: images}})[0]
-```
-
+{_onnx_example(delivered)}
 Made by `rlcompress run {experiment}`, seed {ticket["seed"]}, spec {ticket["spec_hash"]}.
 """
 
@@ -131,3 +129,42 @@ def _table(ticket: Mapping[str, Any]) -> str:
         for name, m in rows.items()
     ]
     return "\n".join(lines) + "\n"
+
+
+def _files(delivered: Mapping[str, Any]) -> str:
+    """The ONNX files: size, answers, speed."""
+    if not delivered["onnx"]:
+        return ""
+    lines = [
+        "",
+        "| file | bytes | of them codes, scales, floats | accuracy | logits differ by |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {name} | {f['bytes']:,} | {f['container_bytes']:,} | {100 * f['accuracy']:.2f} % "
+        f"| {f['difference']:.1e} |"
+        for name, f in delivered["onnx"].items()
+    ]
+    if delivered["latency"]:
+        names = list(next(iter(delivered["latency"].values())))
+        lines += ["", f"| ms in onnxruntime, one thread | {' | '.join(names)} |"]
+        lines.append("| --- |" + " ---: |" * len(names))
+        lines += [
+            f"| batch {batch} | {' | '.join(f'{times[n]:.2f}' for n in names)} |"
+            for batch, times in delivered["latency"].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _onnx_example(delivered: Mapping[str, Any]) -> str:
+    if "model.onnx" not in delivered["onnx"]:
+        return ""
+    return """ONNX Runtime:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+logits = session.run(["logits"], {"images": images})[0]
+```
+"""

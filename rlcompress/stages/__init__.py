@@ -17,7 +17,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.live import console, noise_to
 from rlcompress.spec import Experiment
 from rlcompress.stages.check import check
-from rlcompress.stages.deliver import export, last_lines, track, tracked
+from rlcompress.stages.deliver import export, finish_tickets, last_lines, track, tracked
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.search import search_all
 from rlcompress.stages.ticket import make_tickets
@@ -96,6 +96,7 @@ class Run:
         with noise_to(w.log()):
             for path in [path for ticket in tickets for path in export(w, ticket)]:
                 console.print(path)
+            finish_tickets(w)
 
     def report(self) -> None:
         w = self.workspace
@@ -123,6 +124,7 @@ class Run:
                         export(w, ticket)
                     except UserError as error:
                         problems.append(error)
+            finish_tickets(w)
             if not tracked(w):
                 from rlcompress.report.page import write_report
 

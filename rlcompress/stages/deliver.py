@@ -5,26 +5,104 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rlcompress.core.artifact import load_artifact
+from rlcompress.core.artifact import folded, load_artifact, read_artifact
 from rlcompress.core.errors import UserError
-from rlcompress.core.export import export_onnx
-from rlcompress.core.files import save_json
+from rlcompress.core.export import export_onnx, latency, onnx_logits
+from rlcompress.core.files import save_bytes, save_json
 from rlcompress.live import console
+from rlcompress.report.card import model_card
 from rlcompress.stages.workspace import Workspace
+
+#: Largest difference of accuracy (a share) between a ticket and its model.onnx.
+SAME_ACCURACY = 0.002
+#: Of timing one batch size of one ticket.
+LATENCY_SECONDS = 3.0
 
 
 def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
-    """ONNX beside a ticket's packed artifact, checked against it in onnxruntime; the paths."""
-    folder = run.folder / "tickets" / ticket["id"]
-    source, target = folder / "weights.safetensors", folder / "model.onnx"
-    if not run.experiment.export.onnx:
-        return [source]
-    if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
-        model = load_artifact(source, trust=[run.ref.factory])
-        export_onnx(model, run.splits[1].images(slice(0, 8)), target)
-    return [source, target]
+    """ONNX beside a ticket's packed artifact, checked against it in onnxruntime; the paths.
+
+    `onnx.json` says of each file: bytes, container_bytes, difference (largest one of the logits,
+    relative to the largest logit) and accuracy on the test split. Raises UserError if a network
+    cannot be exported, or model.onnx's accuracy is not the ticket's.
+    """
+    folder, wanted = run.folder / "tickets" / ticket["id"], run.experiment.export
+    source, about = folder / "weights.safetensors", folder / "onnx.json"
+    kinds: list[tuple[str, Literal["float", "int8"]]] = []
+    kinds += [("model.onnx", "float")] if wanted.onnx else []
+    kinds += [("model.int8.onnx", "int8")] if wanted.int8 else []
+    done = json.loads(about.read_text()) if about.exists() else {}
+    for name, activations in kinds:
+        if name in done and (folder / name).exists():
+            continue
+        packed = read_artifact(source, trust=[run.ref.factory])
+        file = export_onnx(
+            packed.model,
+            packed.bits,
+            packed.scales,
+            run.fit.images() if activations == "int8" else run.splits[1].images(slice(0, 8)),
+            folder / name,
+            activations=activations,
+        )
+        test = run.data.test
+        logits = onnx_logits(file.path, test.images())
+        accuracy = float((logits.argmax(1) == test.labels_N).float().mean())
+        if activations == "float" and abs(accuracy - ticket["ticket"]["accuracy"]) > SAME_ACCURACY:
+            file.path.unlink()
+            raise UserError(
+                f"{file.path}: accuracy {accuracy:.2%} in onnxruntime, the ticket's is "
+                f"{ticket['ticket']['accuracy']:.2%}; --set export.onnx=false"
+            )
+        done[name] = {
+            "bytes": file.bytes,
+            "container_bytes": file.container_bytes,
+            "difference": file.difference,
+            "accuracy": accuracy,
+        }
+        save_json(about, done)
+    return [source, *(folder / name for name, _ in kinds)]
+
+
+def finish_tickets(run: Workspace) -> None:
+    """What is measured when nothing else runs: latencies; and the cards."""
+    spec = run.experiment.model_dump(mode="json")
+    for ticket in run.tickets():
+        folder = run.folder / "tickets" / ticket["id"]
+        _time(run, folder)
+        card = model_card(ticket, run.name, spec, delivered(folder))
+        save_bytes(folder / "card.md", card.encode())
+
+
+def delivered(folder: Path) -> dict[str, Any]:
+    """A ticket's `onnx.json` and `latency.json`; {} for what is not there."""
+    paths = {"onnx": folder / "onnx.json", "latency": folder / "latency.json"}
+    return {k: json.loads(p.read_text()) if p.exists() else {} for k, p in paths.items()}
+
+
+def _time(run: Workspace, folder: Path) -> None:
+    """`latency.json`: batch -> file -> milliseconds, one thread, dense and ticket in turns."""
+    path, batches = folder / "latency.json", run.experiment.export.latency
+    files = {name: folder / name for name in delivered(folder)["onnx"]}
+    done = json.loads(path.read_text()) if path.exists() else {}
+    if not files or all(done.get(str(batch), {}).keys() > files.keys() for batch in batches):
+        return
+    files = {"dense": _dense_onnx(run), **files}
+    shape = run.ref.input_shape
+    for batch in batches:
+        seconds = latency(list(files.values()), shape, batch, seconds=LATENCY_SECONDS)
+        done[str(batch)] = {n: 1000 * s for n, s in zip(files, seconds, strict=True)}
+    save_json(path, done)
+
+
+def _dense_onnx(run: Workspace) -> Path:
+    """The dense network, batch norms folded, in float32."""
+    path = run.folder / "dense" / "model.onnx"
+    if not path.exists():
+        dense = folded(run.network("trained"), run.structure, run.ref)
+        export_onnx(dense, {}, {}, run.splits[1].images(slice(0, 8)), path)
+    return path
 
 
 def _state(run: Workspace) -> dict[str, Any]:
@@ -51,7 +129,7 @@ def tracked(run: Workspace) -> bool:
 
 def track(run: Workspace) -> None:
     """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer."""
-    from rlcompress.tracking import Tracker, TrackingError
+    from rlcompress.tracking import Tracker, TrackingError, UnexportableError
 
     try:
         tracker = Tracker(
@@ -68,7 +146,10 @@ def track(run: Workspace) -> None:
             tracker.log_ticket(run.folder / "tickets" / ticket["id"], ticket)
         best = run.folder / "tickets" / tickets[0]["id"] / "weights.safetensors"
         model = load_artifact(best, trust=[run.ref.factory])
-        tracker.register(tickets[0], model, run.data.example())
+        try:
+            tracker.register(tickets[0], model, run.data.example())
+        except UnexportableError as error:
+            console.print(f"{error}; its files are logged, it is not in the registry")
         tracker.log_figures(run.folder / "report")
         tracker.finish()
         save_json(run.folder / "tracked.json", _state(run))
@@ -97,6 +178,7 @@ def last_lines(run: Workspace) -> None:
         ("MACs", *_fewer(dense, small, "macs")),
         ("density, %/MB", *densities, f"{small['density'] / dense['density']:.1f}x"),
     ]
+    rows += _runtime_rows(run.folder / "tickets" / best["id"], run.folder / "dense" / "model.onnx")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -116,6 +198,21 @@ def last_lines(run: Workspace) -> None:
         'next     python -c "from rlcompress.core.artifact import load_artifact; '
         f"print(load_artifact('{folder / 'weights.safetensors'}'{trust}))\""
     )
+
+
+def _runtime_rows(folder: Path, dense: Path) -> list[tuple[str, str, str, str]]:
+    """model.onnx against the dense network's: bytes, and milliseconds a batch."""
+    found = delivered(folder)
+    if "model.onnx" not in found["onnx"] or not dense.exists():
+        return []
+    sizes = {"bytes": dense.stat().st_size}, {"bytes": found["onnx"]["model.onnx"]["bytes"]}
+    rows = [("bytes as ONNX", *_fewer(*sizes, "bytes"))]
+    for batch, times in found["latency"].items():
+        before, after = times["dense"], times.get("model.onnx")
+        if after is not None:
+            said = f"{before / after:.2f}x as fast"
+            rows.append((f"ms, batch {batch}", f"{before:.2f}", f"{after:.2f}", said))
+    return rows
 
 
 def _fewer(dense: dict[str, int], small: dict[str, int], name: str) -> tuple[str, str, str]:

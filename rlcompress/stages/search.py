@@ -68,8 +68,9 @@ def _search_with(
     e, folder = run.experiment, run.folder / "search"
     settings = Settings(budget, e.search.target, e.seed)
     run.problem.require_reachable(settings.target)
-    for line in notes(run.structure, run.problem.evaluator):
-        console.print(line)
+    if not records:
+        for line in notes(run.structure, run.problem.evaluator):
+            console.print(line)
     _describe_problem(run, folder)
     dense = run.problem.dense
     floor = dense.accuracy - e.ticket.floor / 100

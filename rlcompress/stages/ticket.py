@@ -28,7 +28,6 @@ from rlcompress.core.ticket import (
 )
 from rlcompress.core.train import Checkpoint, Recipe, logits_of, measure
 from rlcompress.live import console, stage
-from rlcompress.report.card import model_card
 from rlcompress.stages.workspace import Workspace
 
 
@@ -200,8 +199,5 @@ def _judge(
         "ratio": dense_cost.bytes / cost.bytes,
         "search": record.measurement.to_dict(),
     }
-    (folder / "card.md").write_text(
-        model_card(content, run.name, e.model_dump(mode="json")), encoding="utf-8"
-    )
     save_json(folder / "ticket.json", content)
     return content
