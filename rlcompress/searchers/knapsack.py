@@ -11,6 +11,9 @@ product of x[input group,i] and w[l,k,b] and is exact wherever x and w are integ
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,6 +29,19 @@ from rlcompress.searchers.base import Measure, Settings, measured, spread_order,
 MOST_TARGETS = 24
 SECONDS = 10.0
 GAP = 0.01
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """The solver prints a debugging line now and then, past Python and its own options."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 class _Program:
@@ -131,17 +147,18 @@ class _Program:
         equal = coo_array((values, (rows, columns)), shape=shape).tocsr()
         size = np.array(self.size)[None] / max_bytes
         scale = max(np.abs(self.cost).max(), 1e-12)
-        result = milp(
-            np.array(self.cost) / scale,
-            integrality=np.array(self.integer),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(equal, self.right, self.right),
-                # Rounding up to whole bytes can add one byte a layer.
-                LinearConstraint(size, -np.inf, 1 - (self.constant + len(self.w)) / max_bytes),
-            ],
-            options={"time_limit": SECONDS, "mip_rel_gap": GAP},
-        )
+        with _stdout_to_stderr():
+            result = milp(
+                np.array(self.cost) / scale,
+                integrality=np.array(self.integer),
+                bounds=Bounds(0, 1),
+                constraints=[
+                    LinearConstraint(equal, self.right, self.right),
+                    # Rounding up to whole bytes can add one byte a layer.
+                    LinearConstraint(size, -np.inf, 1 - (self.constant + len(self.w)) / max_bytes),
+                ],
+                options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+            )
         if result.x is None:
             return None
         keep = {}
