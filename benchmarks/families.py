@@ -208,7 +208,8 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['evaluate_s']:.2f}{' *' if row['evaluator'] != 'incremental' else ''}",
         )
     Console(width=140).print(table)
-    print("* cannot be traced by torch.fx: the whole network runs at every step")
+    if any(row["evaluator"] != "incremental" for row in rows):
+        print("* cannot be traced by torch.fx: the whole network runs at every step")
 
 
 def main() -> None:
@@ -224,7 +225,8 @@ def main() -> None:
         return print(json.dumps(family(args.one, 1 if args.quick else 3)))
     rows = []
     for name in args.only or FAMILIES:
-        words = [sys.executable, "-m", "benchmarks.families", "--one", name]
+        # torchvision warns of its own future defaults.
+        words = [sys.executable, "-W", "ignore", "-m", "benchmarks.families", "--one", name]
         done = subprocess.run(
             [*words, "--quick"] if args.quick else words, stdout=subprocess.PIPE, text=True
         )

@@ -30,13 +30,6 @@ def kept_channels(
     return kept
 
 
-def first_channels(network: Network, counts: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Group -> mask of its first `counts` channels: the shape of a cut without its weights."""
-    return {
-        name: np.arange(group.channels) < counts[name] for name, group in network.groups.items()
-    }
-
-
 def _indices(links: Sequence[Link], size: int, kept: Mapping[str, np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(kept_mask(links, size, kept)))
 

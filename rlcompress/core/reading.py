@@ -27,7 +27,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 class Reading:
     """
     order      layers in the order in which they are first used
-    uses       layer -> how often;  called  the layers whose modules are called themselves
+    uses       layer -> how often
     positions  layer -> output positions of one image (of its last use)
     last       layers whose outputs reach the network's output through no other layer
     absorbed   layer -> the batch norm that alone reads it
@@ -37,7 +37,6 @@ class Reading:
 
     order: tuple[str, ...]
     uses: Counter[str]
-    called: frozenset[str]
     positions: dict[str, int]
     last: frozenset[str]
     absorbed: dict[str, str]
@@ -75,7 +74,6 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
     layer_of: dict[Any, str] = {}  # autograd node of a layer's output -> the layer
     norm_of: dict[Any, list[str]] = {}  # autograd node of a norm's input -> norms
     norm_uses: Counter[str] = Counter()
-    called: Counter[str] = Counter()
 
     def on_layer(call: Call) -> torch.Tensor:
         y = call.run()
@@ -103,11 +101,6 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
             if isinstance(module, NORMS) and module.running_mean is not None:
                 handle = module.register_forward_pre_hook(on_norm(name))
                 stack.callback(handle.remove)
-            if name in weights:
-                handle = module.register_forward_pre_hook(
-                    lambda _module, _args, name=name: called.update([name])
-                )
-                stack.callback(handle.remove)
         stack.enter_context(LayerCalls(weights, on_layer))
         try:
             output = model(*inputs)
@@ -131,7 +124,6 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
     return Reading(
         tuple(order),
         uses,
-        frozenset(name for name in order if called[name] == uses[name]),
         positions,
         frozenset(last),
         absorbed,

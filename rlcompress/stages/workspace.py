@@ -28,6 +28,8 @@ from rlcompress.core.tensors import load_tensors
 from rlcompress.live import console
 from rlcompress.spec import Experiment, spec_hash, write_resolved
 
+#: Goes up when the same options come to mean other measurements: older searches are set aside.
+MEASUREMENTS = "2"
 DENSE_INPUTS = ("model", "data", "dense", "seed")
 
 
@@ -91,7 +93,7 @@ class Workspace:
         search = self.experiment.search
         rest = search.model_dump(mode="json", exclude=counted, exclude_defaults=True)
         hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration", "ppo")
-        return f"{hashed} {json.dumps(rest, sort_keys=True)}"
+        return f"{MEASUREMENTS} {hashed} {json.dumps(rest, sort_keys=True)}"
 
     def ticket_inputs(self) -> str:
         """What a schedule's ticket depends on, beside the schedule; not how many there are."""

@@ -13,13 +13,18 @@ from torch import nn
 
 from rlcompress.core.data import digits
 from rlcompress.core.graph import kept_mask
-from rlcompress.core.prune import attach_masks, cut, detach, first_channels, kept_channels
+from rlcompress.core.prune import attach_masks, cut, detach, kept_channels
 from rlcompress.core.quant import attach_fake_quant
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.structure import build_network
 from rlcompress.core.train import Recipe, train
 
 seeds = st.integers(0, 2**16)
+
+
+def first_channels(network, counts):
+    """Group -> mask of its first `counts` channels."""
+    return {n: np.arange(group.channels) < counts[n] for n, group in network.groups.items()}
 
 
 class Joined(nn.Module):
