@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -81,6 +82,12 @@ model = load_artifact("weights.safetensors"{trust})
 {_onnx_example(delivered)}
 Made by `rlcompress run {experiment}`, seed {ticket["seed"]}, spec {ticket["spec_hash"]}.
 """
+
+
+def delivered(folder: Path) -> dict[str, Any]:
+    """A ticket's `onnx.json` and `latency.json`; {} for what is not there."""
+    paths = {"onnx": folder / "onnx.json", "latency": folder / "latency.json"}
+    return {k: json.loads(p.read_text()) if p.exists() else {} for k, p in paths.items()}
 
 
 def _front_matter(

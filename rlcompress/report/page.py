@@ -16,6 +16,7 @@ from rlcompress.core.files import read_archive, save_bytes
 from rlcompress.core.pareto import archive_front, best_at_floor, ticket_rank
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.report import figures
+from rlcompress.report.card import delivered
 
 _LIBRARIES = ("rlcompress", "torch", "ray", "gymnasium", "mlflow", "numpy", "onnxruntime")
 _BASELINE = "uniform"
@@ -75,6 +76,7 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
         main=main,
         tickets=[(ticket, Measurement.from_dict(ticket["ticket"])) for ticket in tickets],
         compared=_compared(main, baseline),
+        delivered=delivered(run / "tickets" / main["id"]) if main else {"onnx": {}},
         arms=figures.arm_measurements(main) if main is not None else {},
         searchers=_searchers(records, dense, floor),
         dense=dense,

@@ -12,7 +12,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.export import export_onnx, latency, onnx_logits
 from rlcompress.core.files import save_bytes, save_json
 from rlcompress.live import console
-from rlcompress.report.card import model_card
+from rlcompress.report.card import delivered, model_card
 from rlcompress.stages.workspace import Workspace
 
 #: Largest difference of accuracy (a share) between a ticket and its model.onnx.
@@ -73,12 +73,6 @@ def finish_tickets(run: Workspace) -> None:
         _time(run, folder)
         card = model_card(ticket, run.name, spec, delivered(folder))
         save_bytes(folder / "card.md", card.encode())
-
-
-def delivered(folder: Path) -> dict[str, Any]:
-    """A ticket's `onnx.json` and `latency.json`; {} for what is not there."""
-    paths = {"onnx": folder / "onnx.json", "latency": folder / "latency.json"}
-    return {k: json.loads(p.read_text()) if p.exists() else {} for k, p in paths.items()}
 
 
 def _time(run: Workspace, folder: Path) -> None:

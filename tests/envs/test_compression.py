@@ -8,9 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.observation import ACTION_COLUMNS, STATE_COLUMNS
+from rlcompress.core.artifact import ModelRef
+from rlcompress.core.data import digits
 from rlcompress.core.errors import UserError
-from rlcompress.core.problem import Problem
+from rlcompress.core.problem import Problem, make_bundle
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.sensitivity import estimate
+from rlcompress.core.structure import build_network
 from tests.toy import toy_bundle
 
 ID = "envs:rlcompress/Compression-v0"
@@ -80,6 +84,20 @@ def test_an_illegal_action_is_refused(problem):
     illegal = np.flatnonzero(observation["mask"] == 0)
     with pytest.raises(ValueError, match="illegal"):
         env.step(int(illegal[0]))
+
+
+@pytest.mark.parametrize("factory", ["Reader", "Free"])
+def test_networks_with_protected_and_untraceable_parts_can_be_played(factory):
+    ref = ModelRef(f"tests.core.test_whole:{factory}", {}, 10, (1, 16, 16))
+    model, data = ref.build(), digits(16)
+    network = build_network(model, ref.example())
+    fit, score = data.train.sample(64, 0), data.validation.sample(64, 0)
+    estimates = estimate(model, network, fit.images())
+    problem = make_bundle(model, ref, network, fit, score, estimates).problem()
+    target = 0.9 * problem.max_ratio()
+    env = gym.make(ID, problem=problem, target=(2.0, target))
+    _, info = play(env, target, np.random.default_rng(0))
+    assert info["measurement"]["bytes"] <= problem.dense.bytes / target
 
 
 def test_a_target_out_of_reach_is_the_users_mistake(problem):
