@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -175,7 +176,8 @@ def couple(
         if not any(type(module) in culprits for module in part.modules()):
             outputs = protected if not path else _last_layers(part, inputs, path, inside)
             try:
-                with bounded(seconds):
+                with bounded(seconds), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of what fails here others are told
                     groups = _groups(part, inputs, [modules[n] for n in outputs])
             except Exception as error:
                 reason = _reason(error)

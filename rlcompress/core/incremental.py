@@ -20,7 +20,6 @@ from rlcompress.core.evaluate import Evaluator, Prefix, Step, touched
 from rlcompress.core.graph import Network, kept_mask
 from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import FULL_PRECISION, Measurement
-from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.trace import trace
 
 Values = dict[fx.Node, Any]
@@ -63,7 +62,8 @@ class _Segment:
 
 
 class IncrementalEvaluator(Evaluator):
-    """Holds no state between schedules but its cache.
+    """Arguments as `Evaluator`'s, and `cache_bytes`. Holds no state between schedules but its
+    cache.
 
     Raises `trace.TraceError` if the model cannot be traced.
     """
@@ -73,27 +73,12 @@ class IncrementalEvaluator(Evaluator):
         model: nn.Module,
         network: Network,
         fit: torch.Tensor,
-        score: torch.Tensor,
-        labels: torch.Tensor,
-        estimates: Estimates,
-        *,
-        recovery: str = "reconstruct",
-        positions: int = 2048,
+        *data: Any,
         cache_bytes: int = 256 * 2**20,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         self._fx = trace(model, fit[:1], network.layers)
-        super().__init__(
-            model,
-            network,
-            fit,
-            score,
-            labels,
-            estimates,
-            recovery=recovery,
-            positions=positions,
-            seed=seed,
-        )
+        super().__init__(model, network, fit, *data, **options)
         self.cache = PrefixCache(cache_bytes)
         self._modules = dict(self._fx.named_modules())
         self._norms = {norm.name: norm for norm in network.norms}

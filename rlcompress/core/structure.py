@@ -6,6 +6,7 @@ cut, the network must compute what it computes under masks. A group that fails i
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -247,9 +248,31 @@ def _agrees(model: nn.Module, network: Network, names: Sequence[str], x: torch.T
 
 
 @torch.no_grad()
+def _probe(model: nn.Module) -> nn.Module:
+    """A copy with random weights: a head or a branch that starts at zero would hide what is cut
+    before it."""
+    probe = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in probe.parameters():
+        if parameter.is_floating_point():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+            else:
+                parameter.copy_(0.5 + 0.1 * noise)
+    for module in probe.modules():
+        if isinstance(module, NORMS) and module.running_mean is not None:
+            mean = 0.1 * torch.randn(module.num_features, generator=generator)
+            module.running_mean.copy_(mean)
+            module.running_var.fill_(1.0)
+    return probe
+
+
+@torch.no_grad()
 def _checked(model: nn.Module, network: Network) -> Network:
     names = [name for name, group in network.groups.items() if not group.protected]
     device = next(model.parameters()).device
+    model = _probe(model)
     x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(device)
     deadline = time.process_time() + CHECK_SECONDS

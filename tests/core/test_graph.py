@@ -162,6 +162,14 @@ def test_what_is_read_or_decided_in_python_is_found():
     assert network.layers["head"].protected == "it is the network's output"
 
 
+def test_a_head_of_zeros_hides_no_wrong_cut():
+    model = Sees()
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+    protected = build_network(model, EXAMPLE).groups["mixed"].protected
+    assert "changes what other channels compute" in protected
+
+
 def test_a_layer_that_is_used_twice_is_not_cut():
     network = build_network(nn.Sequential(nn.Conv2d(4, 4, 1), Twice(), nn.Conv2d(4, 2, 1)), EXAMPLE)
     assert all("is used 2 times" in group.protected for group in network.groups.values())
