@@ -157,21 +157,25 @@ def layer_outputs(patches_PGD: torch.Tensor, weight: torch.Tensor) -> torch.Tens
 class FakeQuant(nn.Module):
     """Parametrization: straight-through quantization with a learned per-channel step.
 
-    Bengio et al. (2013) for the straight-through gradient of the weights, Esser et al. (2020,
-    "Learned Step Size Quantization", eq. 3 and its gradient scale) for that of the step.
+    Bengio et al. (2013) for the straight-through gradient of the weights; the step's logarithm is
+    what is learned (Jain et al., 2020, "Trained Quantization Thresholds", section 3.2): its updates
+    are relative. Learned as it is (LSQ), a step of 8 bits, a hundredth of its clipping range,
+    collapsed to nothing within an epoch of SGD in depthwise layers.
     """
 
-    def __init__(self, bits: int, scale_O: torch.Tensor, weight_shape: torch.Size) -> None:
+    def __init__(self, bits: int, scale_O: torch.Tensor) -> None:
         super().__init__()
         self.bits = bits
-        self.scale = nn.Parameter(scale_O.detach().clone())
-        per_channel = weight_shape.numel() // weight_shape[0]
-        self.gradient_scale = 1.0 / math.sqrt(per_channel * max_code(bits))
+        self.register_buffer("start_O", scale_O.detach().clamp_min(1e-12))
+        self.log_O = nn.Parameter(torch.zeros_like(self.start_O))
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """scale_O as it is now."""
+        return self.start_O * self.log_O.exp()
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        scale = self.scale * self.gradient_scale
-        scale = scale + (self.scale - scale).detach()
-        step = _per_channel(scale.clamp_min(1e-12), weight)
+        step = _per_channel(self.scale, weight)
         scaled = weight / step
         top = max_code(self.bits)
         # Inside the range the weight's gradient passes; outside only the step's does.
@@ -188,7 +192,7 @@ def attach_fake_quant(
         if bits.get(name, FULL_PRECISION) == FULL_PRECISION:
             continue
         weight = modules[name].weight
-        quantizer = FakeQuant(bits[name], scales[name].to(weight), weight.shape)
+        quantizer = FakeQuant(bits[name], scales[name].to(weight))
         parametrize.register_parametrization(modules[name], "weight", quantizer)
 
 
@@ -202,7 +206,7 @@ def float_weight(module: nn.Module) -> torch.Tensor:
 def learned_scales(model: nn.Module) -> dict[str, torch.Tensor]:
     """Layer -> scale_O of every fake quantizer attached to `model`."""
     return {
-        name: quantizer.scale.detach().clamp_min(1e-12)
+        name: quantizer.scale.detach()
         for name, module in model.named_modules()
         if parametrize.is_parametrized(module, "weight")
         for quantizer in module.parametrizations.weight  # type: ignore[union-attr]

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from rlcompress.core.artifact import load_artifact
+from rlcompress.core.data import digits
 from rlcompress.core.quant import fake_quantize
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.structure import build_network
 from rlcompress.core.ticket import (
     ARMS,
     Lesson,
     Plan,
     Task,
     cut_network,
+    in_process,
     play_arms,
     starts,
     write_network,
 )
-from rlcompress.core.train import Recipe, logits_of, top1
+from rlcompress.core.train import Recipe, logits_of, top1, train
 
 RECIPE = Recipe(epochs=1, batch_size=32, lr=0.02, distill=True)
 
@@ -152,3 +157,33 @@ def test_retraining_learns_steps_and_leaves_its_start(
     write_network(tmp_path / "a", end, network, trained.ref, schedule)
     written = top1(load_artifact(tmp_path / "a"), data.validation)
     assert written == pytest.approx(curve[-1]["validation_accuracy"], abs=0.01)
+
+
+def small_mobilenet() -> nn.Module:
+    """Depthwise layers: nine weights a step."""
+    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU6()]
+    for _ in range(3):
+        for conv in (nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 16, 1)):
+            layers += [conv, nn.BatchNorm2d(16), nn.ReLU6()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_learned_steps_survive_training(bits):
+    data = digits(16)
+    torch.manual_seed(0)
+    model = small_mobilenet()
+    train(model, data.train, Recipe(epochs=3, batch_size=32, lr=0.1), seed=0)
+    network = build_network(model, torch.zeros(1, 1, 16, 16))
+    schedule = network.uniform(1.0, bits)
+    full = {name: np.ones(group.channels, dtype=bool) for name, group in network.groups.items()}
+    start = cut_network(model, network, full, schedule)
+    task = Task(start, network, schedule)
+    lesson = Lesson(data.train, data.validation, Recipe(2, 32, lr=0.05), seed=0, device="cpu")
+    before = top1(task.prepared(), data.validation)
+    (*_, (_, last)) = in_process([(task, None)], lesson)
+    for name, scale in task.result(last).scales.items():
+        ratio = scale / start.scales[name]
+        assert float(ratio.min()) > 0.2, name
+        assert float(ratio.max()) < 5, name
+    assert last.curve[-1]["validation_accuracy"] > before - 0.02
