@@ -174,10 +174,10 @@ def couple(
             return True  # nothing inside reads what something inside puts out
         reason = "it contains what cannot be read"
         if not any(type(module) in culprits for module in part.modules()):
-            outputs = protected if not path else _last_layers(part, inputs, path, inside)
             try:
                 with bounded(seconds), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of what fails here others are told
+                    outputs = _last_layers(part, inputs, path, inside) if path else protected
                     groups = _groups(part, inputs, [modules[n] for n in outputs])
             except Exception as error:
                 reason = _reason(error)
