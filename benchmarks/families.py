@@ -2,7 +2,7 @@
 
     uv run python -m benchmarks.families                  # 18 families, 3 random schedules each
     uv run python -m benchmarks.families --quick          # 1 schedule
-    uv run python -m benchmarks.families --only swin_t
+    uv run python -m benchmarks.families --only swin_t    # its row anew, the others stay
 
 Networks as torchvision initialises them (`weights=None`, 10 classes, 224 pixels; Inception 299),
 batch norms run in on noise, heads of zeros made random. A schedule draws every keep ratio and
@@ -217,6 +217,19 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("* cannot be traced by torch.fx: the whole network runs at every step")
 
 
+def _with_earlier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The new rows, and the result file's of the networks that were not asked for; each with the
+    commit that it was made at."""
+    commit = results.commit()
+    found = {row["network"]: {**row, "commit": commit} for row in rows}
+    path = results.FOLDER / "families.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        for row in earlier["rows"]:
+            found.setdefault(row["network"], {"commit": earlier["commit"], **row})
+    return [found[name] for name in FAMILIES if name in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
@@ -240,10 +253,11 @@ def main() -> None:
             continue
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         show(rows[-1:])
+    rows = _with_earlier(rows)
     show(rows)
     exact = [r for r in rows if max(r["masked_cut"], r["cut_reloaded"]) <= LIMIT]
     off = max(abs(c - d) / d for r in rows for c, d in zip(r["claimed"], r["on_disk"], strict=True))
-    print(f"{len(exact)} of {len(args.only or FAMILIES)} exact to {LIMIT:g}")
+    print(f"{len(exact)} of {len(FAMILIES)} exact to {LIMIT:g}")
     figures = {
         "families_exact": results.figure([len(exact)], "networks"),
         "largest_difference": results.figure(
@@ -253,8 +267,7 @@ def main() -> None:
         "slowest_structure": results.figure([max(r["seconds"] for r in rows)], "s"),
         "largest_memory": results.figure([max(r["memory_mb"] for r in rows)], "MB"),
     }
-    if not args.only:
-        print(results.write("families", figures, rows))
+    print(results.write("families", figures, rows))
 
 
 if __name__ == "__main__":

@@ -27,16 +27,20 @@ def _git(*words: str) -> str:
     return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
 
 
+def commit() -> str:
+    """The commit that runs; " and changes" if the tree differs from it."""
+    # The result files are rewritten as figures come in.
+    changed = _git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    return _git("rev-parse", "HEAD") + (" and changes" if changed else "")
+
+
 def write(name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes a result file and returns its path."""
-    # This very file is rewritten after every seed.
-    changed = _git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
-    commit = _git("rev-parse", "HEAD") + (" and changes" if changed else "")
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     words = ["uv", "run", "python", "-m", module, *sys.argv[1:]]
     content = {
         "command": shlex.join(words),
-        "commit": commit,
+        "commit": commit(),
         "machine": {
             "cores": os.cpu_count(),
             "python": platform.python_version(),
