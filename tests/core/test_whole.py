@@ -94,7 +94,7 @@ def test_nothing_done_is_the_dense_network(reader):
 
 @given(choice=st.data())
 @settings(max_examples=6)
-def test_the_written_network_scores_as_the_evaluator_said(reader, tmp_path_factory, choice):
+def test_the_written_network_scores_as_the_evaluator_said(reader, close, tmp_path_factory, choice):
     (model, network, _, score, labels, _), evaluator = reader
     schedule = choice.draw(schedules(network))
     said = evaluator.evaluate(schedule)
@@ -104,16 +104,15 @@ def test_the_written_network_scores_as_the_evaluator_said(reader, tmp_path_facto
     attach_fake_quant(fake, network, schedule.bits, small.scales)
     write_network(path, small, network, REF, schedule)
     back = load_artifact(path, trust=[REF.factory])
+    # `small` is rounded by now to what the file holds.
+    rounded = copy.deepcopy(small.model)
+    attach_fake_quant(rounded, network, schedule.bits, small.scales)
     with torch.no_grad():
-        dense = model(score)
-        exact = compare(fake.eval()(score), dense, labels)
-        accuracy, loss, kl = compare(back(score), dense, labels)
+        exact = compare(fake.eval()(score), model(score), labels)
+        close(rounded.eval()(score), back(score))
+    assert exact[0] == pytest.approx(said.accuracy, abs=1.5 / len(labels))
     assert exact[2] == pytest.approx(said.kl, rel=1e-2, abs=1e-5)
-    # Half-float scales and biases.
     assert path.stat().st_size == said.bytes
-    assert accuracy == pytest.approx(said.accuracy, abs=2.5 / len(labels))
-    assert loss == pytest.approx(said.loss, rel=0.05)
-    assert kl == pytest.approx(said.kl, rel=0.2, abs=1e-4)
 
 
 @given(choice=st.data())
