@@ -42,6 +42,7 @@ from mlflow.types import Schema, TensorSpec
 from requests import RequestException  # type: ignore[import-untyped]
 from sqlalchemy.exc import SQLAlchemyError
 
+from rlcompress.core.errors import first_line
 from rlcompress.core.files import save_json
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.schedule import Measurement, Record
@@ -71,7 +72,7 @@ def _clear(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate
         try:
             return method(self, *args, **kwargs)
         except (MlflowException, SQLAlchemyError, RequestException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise self._error(f"{reason} ({_ADVICE})") from error
 
     return call
@@ -303,9 +304,8 @@ class Tracker:
             try:
                 _save_pt2(model, example, folder, about)
             except Exception as error:  # torch.export raises what it likes
-                first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UnexportableError(
-                    f"MLflow's pt2 format cannot hold this network: {first}"
+                    f"MLflow's pt2 format cannot hold this network: {first_line(error)}"
                 ) from error
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.log_outputs(child, [LoggedModelOutput(logged.model_id, step=0)])

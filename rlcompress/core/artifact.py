@@ -39,7 +39,7 @@ from rlcompress.core.graph import Network
 from rlcompress.core.models import BUILT_IN, build_model
 from rlcompress.core.prune import resize
 from rlcompress.core.quant import encode, float_weight, learned_scales
-from rlcompress.core.reading import NORMS
+from rlcompress.core.reading import NORMS, rest_of
 from rlcompress.core.schedule import FULL_PRECISION, MAX_BITS, MIN_BITS
 
 FORMAT = "rlcompress/2"
@@ -391,22 +391,17 @@ def _fill(
             _put(module, "bias", torch.from_numpy(bias))
     for index in shaped.absorbed:
         model.set_submodule(names[index], nn.Identity())
-    owned = {names[layer.module] for layer in layers}
     for index, _ in norms:
         norm = modules[names[index]]
-        owned.add(names[index])
         for name in _float_names(norm):
             floats(norm, name)
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked = torch.tensor(0)
-    for name, tensor in model.state_dict().items():
+    own_layers = {names[layer.module] for layer in layers}
+    own_norms = {names[index] for index, _ in norms}
+    for name in rest_of(model, own_layers, own_norms):
         module_name, _, leaf = name.rpartition(".")
-        mine = module_name in owned and (
-            leaf in ("weight", "bias")
-            or not isinstance(modules[module_name], nn.Conv2d | nn.Linear)
-        )
-        if tensor.is_floating_point() and not mine:
-            floats(modules[module_name], leaf)
+        floats(modules[module_name], leaf)
     if at != len(data):
         raise ValueError(f"{len(data)} bytes of data, the network needs {at}")
     return Artifact(model.eval(), bits, scales)

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -184,10 +184,7 @@ def couple(
             else:
                 dot = f"{path}." if path else ""
                 found.groups += [
-                    [
-                        Member(dot + m.name if m.module else m.name, m.module, *_rest(m))
-                        for m in members
-                    ]
+                    [replace(m, name=dot + m.name) if m.module else m for m in members]
                     for members in groups
                 ]
                 return True
@@ -202,10 +199,6 @@ def couple(
 
     attempt("", (example,), WHOLE_SECONDS)
     return found
-
-
-def _rest(member: Member) -> tuple[bool, np.ndarray, np.ndarray]:
-    return member.output, member.root, member.index
 
 
 def _last_layers(

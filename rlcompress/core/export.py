@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.files import save_bytes
 from rlcompress.core.onnx_graph import (
     container_bytes,
@@ -71,7 +71,7 @@ def _root_cause(error: BaseException) -> str:
     """The first line of what went wrong first."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _build(

@@ -10,6 +10,7 @@ from torch import nn
 
 from rlcompress.core.codec import pack_half, unpack_half
 from rlcompress.core.graph import Network
+from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import FULL_PRECISION
 
 
@@ -19,7 +20,7 @@ def fold(module: nn.Module, norm: nn.Module | None) -> tuple[np.ndarray, np.ndar
     bias = module.bias.detach().double() if module.bias is not None else None  # type: ignore[union-attr, operator]
     if norm is None:
         return np.ones(out), None if bias is None else bias.cpu().numpy()
-    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+    assert isinstance(norm, NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     gamma = norm.weight.detach().double() if norm.affine else torch.ones(out, dtype=torch.double)
@@ -65,7 +66,7 @@ def snap(
             if bias is not None:
                 module.bias.copy_(bias)  # type: ignore[union-attr, operator]
             continue
-        assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+        assert isinstance(norm, NORMS)
         assert bias is not None
         ratio = torch.where(scale * factor != 0, target / (scale * factor), torch.ones_like(scale))
         norm.weight.mul_(ratio.to(norm.weight))

@@ -220,7 +220,7 @@ class IncrementalEvaluator(Evaluator):
 
         def norm(name: str, y: torch.Tensor) -> torch.Tensor:
             module = self._modules[name]
-            assert isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
+            assert isinstance(module, NORMS)
             if name in self._norms:
                 links, channels = self._norms[name].links, self._norms[name].channels
                 index = np.flatnonzero(kept_mask(links, channels, kept))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,23 @@ import torch
 from torch import nn
 
 from rlcompress.core.calls import Call, LayerCalls, layer_weights
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, first_line
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def rest_of(
+    model: nn.Module, layers: Collection[str], norms: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Name in the state dict -> every float tensor that is neither weight nor bias of one of
+    `layers` nor in one of `norms`, in the state dict's order."""
+    rest = {}
+    for name, tensor in model.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        mine = module in norms or (module in layers and leaf in ("weight", "bias"))
+        if tensor.is_floating_point() and not mine:
+            rest[name] = tensor
+    return rest
 
 
 @dataclass(frozen=True)
@@ -105,10 +119,10 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
         try:
             output = model(*inputs)
         except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
             shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(list(inputs)))
             raise UserError(
-                f"{type(model).__name__} cannot be run on an input of shape {shapes}: {first}"
+                f"{type(model).__name__} cannot be run on an input of shape {shapes}: "
+                f"{first_line(error)}"
             ) from error
 
     readers, reached, last = _walk([t.grad_fn for t in _tensors(output)], layer_of)

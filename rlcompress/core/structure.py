@@ -22,7 +22,7 @@ from rlcompress.core.coupling import Coupling, Member, couple
 from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
 from rlcompress.core.prune import cut, masked
-from rlcompress.core.reading import NORMS, Reading, all_gradients, read
+from rlcompress.core.reading import NORMS, Reading, all_gradients, read, rest_of
 
 #: Largest difference between a masked and a cut network, relative to the largest output.
 TOLERANCE = 1e-4
@@ -204,15 +204,13 @@ def _unused(model: nn.Module, reading: Reading) -> tuple[str, ...]:
 
 
 def _rest(model: nn.Module, network: Network) -> dict[str, tuple[int, ...]]:
-    owned = {*network.layers, *(norm.name for norm in network.norms)}
-    owned |= {layer.batch_norm for layer in network.layers.values() if layer.batch_norm}
-    rest = {}
-    for name, tensor in model.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        mine = module in owned and (module not in network.layers or leaf in ("weight", "bias"))
-        if tensor.is_floating_point() and not mine and not _inside(module, network.unused):
-            rest[name] = tuple(tensor.shape)
-    return rest
+    norms = {norm.name for norm in network.norms}
+    norms |= {layer.batch_norm for layer in network.layers.values() if layer.batch_norm}
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in rest_of(model, network.layers, norms).items()
+        if not _inside(name.rpartition(".")[0], network.unused)
+    }
 
 
 # --- the check ---------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from rlcompress.core.quant import (
     mse_clip,
     scale_of,
 )
+from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 from rlcompress.core.train import Checkpoint, Recipe, epochs, teach
 
@@ -82,7 +83,7 @@ def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -
 
 
 def _set_statistics(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor) -> None:
-    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+    assert isinstance(norm, NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     norm.running_mean.copy_(mean)

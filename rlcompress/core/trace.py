@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.reading import NORMS
 
 #: The trace computes what the model does, but for the order of float operations.
@@ -42,8 +42,7 @@ def trace(model: nn.Module, example: torch.Tensor, layers: Collection[str] = ())
     try:
         traced = fx.GraphModule(model, _Tracer().trace(model))
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TraceError(f"{name} cannot be traced by torch.fx: {first}") from error
+        raise TraceError(f"{name} cannot be traced by torch.fx: {first_line(error)}") from error
     calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
     for layer in layers:
         if calls.count(layer) != 1:
@@ -60,8 +59,7 @@ def trace(model: nn.Module, example: torch.Tensor, layers: Collection[str] = ())
             got = traced(probe)
             same = bool((got - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
         except Exception as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TraceError(f"{name} cannot be traced by torch.fx: {first}") from error
+            raise TraceError(f"{name} cannot be traced by torch.fx: {first_line(error)}") from error
     if not same:
         raise TraceError(f"{name} cannot be traced by torch.fx: the graph gives other answers")
     return traced

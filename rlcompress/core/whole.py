@@ -92,7 +92,7 @@ class WholeEvaluator(Evaluator):
 
         def estimate(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def pre(module: nn.Module, args: tuple[Any, ...]) -> None:
-                assert isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
+                assert isinstance(module, NORMS)
                 assert module.running_mean is not None
                 assert module.running_var is not None
                 everything = torch.arange(len(module.running_mean))
