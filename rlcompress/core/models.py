@@ -94,12 +94,29 @@ def mobilenetv2(
     return model
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 3, stem_stride: int = 1) -> nn.Module:
-    """torchvision's ResNet-18 (He et al., 2016); at stem stride 1 without the first pooling."""
-    from torchvision.models.resnet import resnet18 as whole
+def resnet18(
+    num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
+) -> nn.Module:
+    """torchvision's ResNet-18 (He et al., 2016) at `width` times its channels; at stem stride 1
+    without the first pooling."""
+    from torchvision.models.resnet import BasicBlock, ResNet
 
-    model = whole(num_classes=num_classes)
-    model.conv1 = _replace_stem(model.conv1, in_channels, stem_stride)
+    def scaled(channels: int) -> int:
+        return max(1, round(channels * width))
+
+    class Scaled(ResNet):
+        def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+            if planes == 64:  # the first stage, behind the stem
+                self.inplanes = scaled(64)
+            return super()._make_layer(block, scaled(planes), *args, **kwargs)
+
+    model = (ResNet if width == 1.0 else Scaled)(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
+    stem = model.conv1
+    if width != 1.0:
+        stem = nn.Conv2d(in_channels, scaled(64), 7, padding=3, bias=False)
+        model.bn1 = nn.BatchNorm2d(scaled(64))
+        model.fc = nn.Linear(scaled(512), num_classes)
+    model.conv1 = _replace_stem(stem, in_channels, stem_stride)
     if stem_stride == 1:
         model.maxpool = nn.Identity()  # type: ignore[assignment]
     return model
