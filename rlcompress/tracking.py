@@ -399,7 +399,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _measured(prefix: str, measurement: Mapping[str, Any]) -> dict[str, float]:
-    return {prefix + k: v for k, v in Measurement.from_dict(measurement).to_dict().items()}
+    values = Measurement.from_dict(measurement).to_dict()
+    return {prefix + name: value for name, value in values.items() if value is not None}
 
 
 def _curve(prefix: str, points: Iterable[Mapping[str, Any]]) -> list[Row]:

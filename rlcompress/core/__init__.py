@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from rlcompress.core.cost import CostModel
     from rlcompress.core.errors import UserError
     from rlcompress.core.evaluate import Evaluator, build_evaluator
+    from rlcompress.core.fitted import fitted_network
     from rlcompress.core.graph import Network
     from rlcompress.core.prune import cut
     from rlcompress.core.schedule import Measurement, Schedule
     from rlcompress.core.sensitivity import Estimates, estimate
     from rlcompress.core.structure import build_network
-    from rlcompress.core.ticket import cut_network, fitted_network, write_network
+    from rlcompress.core.ticket import cut_network, write_network
 
 __all__ = [
     "Artifact",
@@ -64,7 +65,8 @@ _HOMES = {
     "schedule": ("Measurement", "Schedule"),
     "sensitivity": ("Estimates", "estimate"),
     "structure": ("build_network",),
-    "ticket": ("cut_network", "fitted_network", "write_network"),
+    "fitted": ("fitted_network",),
+    "ticket": ("cut_network", "write_network"),
 }
 
 

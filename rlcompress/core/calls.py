@@ -48,7 +48,9 @@ class Call:
     def apply(
         self, weight: torch.Tensor, bias: torch.Tensor | None, conv_groups: int
     ) -> torch.Tensor:
-        """The layer's output for its input and these parameters."""
+        """The layer's output for its input and these parameters, in the input's precision."""
+        weight = weight.to(self.x.dtype)
+        bias = None if bias is None else bias.to(self.x.dtype)
         if self.window is None:
             return F.linear(self.x, weight, bias)
         w = self.window
@@ -120,7 +122,9 @@ class LayerCalls(TorchFunctionMode):
             name = self._names.get(id(weight))
             if name is not None:
                 given = {"x" if key == "input" else key: value for key, value in kwargs.items()}
-                return self._handle(kind(name, *args, **given))
+                # Whatever surrounds it: a handler solves equations, which is no work for bfloat16.
+                with torch.autocast(weight.device.type, enabled=False):
+                    return self._handle(kind(name, *args, **given))
         return func(*args, **kwargs)
 
 

@@ -44,7 +44,9 @@ class Cost:
     macs: int
     bops: int
 
-    def measurement(self, accuracy: float, loss: float, kl: float) -> Measurement:
+    def measurement(
+        self, accuracy: float, loss: float, kl: float, unexplained: float | None = None
+    ) -> Measurement:
         return Measurement(
             accuracy=accuracy,
             loss=loss,
@@ -54,6 +56,7 @@ class Cost:
             macs=self.macs,
             bops=self.bops,
             density=performance_density(accuracy, self.bytes),
+            unexplained=unexplained,
         )
 
 

@@ -9,35 +9,64 @@ This file holds what one layer's step is. `incremental` runs the pass a segment 
 traced network, `whole` runs the model's own code again and again where that cannot be traced.
 
 The batch holds F images that are fitted and, behind them, S images that are only scored; the
-two never overlap. N = F + S.
+two never overlap. N = F + S. The dense network is run once, in float32; candidates in `precision`.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from rlcompress.core.cache import ByteCache
 from rlcompress.core.calls import Call, layer_weights
 from rlcompress.core.cost import CostModel
+from rlcompress.core.fitted import network_of
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
+from rlcompress.core.measure import compare
 from rlcompress.core.prune import kept_channels
-from rlcompress.core.quant import fake_quantize, layer_outputs, scale_of, unexplained
-from rlcompress.core.reconstruct import Positions, patches, refit, sample_positions
+from rlcompress.core.quant import attach_fake_quant, fake_quantize, scale_of, unexplained
+from rlcompress.core.reconstruct import Fit, Positions, patches, refit, sample_positions
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule
 from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.trace import TraceError
+from rlcompress.core.train import distill
 
-RECOVERIES = ("none", "bn", "reconstruct")
+RECOVERIES = ("none", "bn", "reconstruct", "steps:K")
+PRECISIONS = ("auto", "float32", "bfloat16")
 
-#: Nats.
-WORST = 1e4
+#: Rows that batch statistics are taken from: they are then known to 1 % of a deviation.
+STATISTICS_ROWS = 16384
+
+
+def parse_recovery(recovery: str) -> tuple[str, int]:
+    """What a layer's step does, and how many training steps follow the last one. Raises ValueError
+    on what is not one of `RECOVERIES`."""
+    if (match := re.fullmatch(r"steps:([1-9]\d*)", recovery)) is not None:
+        return "bn", int(match[1])
+    if recovery not in RECOVERIES[:-1]:
+        raise ValueError(f"recovery {recovery!r}; allowed: {', '.join(RECOVERIES)}")
+    return recovery, 0
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it faster than float32: AMX, or CUDA from
+    Ampere on. Raises ValueError on what is not one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        precision = "bfloat16" if fast else "float32"
+    return getattr(torch, precision)
 
 
 @dataclass(frozen=True)
@@ -71,18 +100,24 @@ class Prefix:
     norms: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        tensors = (t for t in self.live.values() if isinstance(t, torch.Tensor))
+        tensors = [t for t in self.live.values() if isinstance(t, torch.Tensor)]
+        if self.fitted:
+            tensors.append(next(reversed(self.fitted.values())).weight)  # the others are shared
         storages = {t.untyped_storage().data_ptr(): t for t in tensors}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
 @dataclass(frozen=True)
 class Step:
-    """One layer done: what it puts out, its parameters, and its unexplained share."""
+    """One layer done: what it puts out, its parameters, and its unexplained share.
+
+    centre_O  what was subtracted from the output, for the batch norm behind it to give back
+    """
 
     y: torch.Tensor
     fitted: FittedLayer
     residue: float
+    centre_O: torch.Tensor | None = None
 
 
 class Evaluator(ABC):
@@ -90,10 +125,13 @@ class Evaluator(ABC):
 
     model      the trained dense network;  network  its structure
     fit        images (F, C, H, W), unlabelled: batch norms and reconstruction
-    score      images (S, C, H, W) that are never fitted;  labels (S,)
+    score      images (S, C, H, W) that are never fitted;  labels (S,), or None: then accuracy
+               and loss are against what the dense network says
     estimates  which channels matter and where to clip
-    recovery   "none", "bn" (batch norms re-estimated) or "reconstruct" (and layers refitted)
+    recovery   "none", "bn" (batch norms re-estimated), "reconstruct" (and layers refitted), or
+               "steps:K" ("bn", then K steps of training on the fitted images)
     positions  sampled output positions a layer for the refit
+    precision  of candidates: "float32", "bfloat16", or "auto" (`pick_dtype`)
     """
 
     #: Why evaluations run the whole network each time; empty if they need not.
@@ -105,20 +143,22 @@ class Evaluator(ABC):
         network: Network,
         fit: torch.Tensor,
         score: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
         estimates: Estimates,
         *,
         recovery: str = "reconstruct",
         positions: int = 2048,
+        precision: str = "float32",
         seed: int = 0,
     ) -> None:
-        if recovery not in RECOVERIES:
-            raise ValueError(f"recovery {recovery!r}; allowed: {', '.join(RECOVERIES)}")
-        self.network, self.estimates, self.recovery = network, estimates, recovery
+        self.recovery, self.steps = parse_recovery(recovery)
+        self.dtype = pick_dtype(precision, fit.device)
+        self.network, self.estimates = network, estimates
         self.costs = CostModel(network)
         self.layers = list(network.layers.values())
         self.fit_count, self._count = len(fit), len(fit) + len(score)
         self._labels = labels
+        self._model, self._seed = model, seed
         self._dense = dict(model.named_modules())
         self._weights = {n: w for n, w in layer_weights(model).items() if n in network.layers}
         self._order = {
@@ -128,6 +168,8 @@ class Evaluator(ABC):
         self._positions_wanted = positions
         self._generator = torch.Generator().manual_seed(seed)
         self._targets: dict[str, tuple[Positions, torch.Tensor]] = {}
+        #: Refits by the choices that led to them; the layer's own choice changes none.
+        self._fits: ByteCache[Fit] = ByteCache(0)
 
     # --- the pass ----------------------------------------------------------------------------
 
@@ -140,12 +182,32 @@ class Evaluator(ABC):
         """Decides the next layer: its group's `keep`, where this layer owns the group (else it
         is ignored), and its weight `bits`. Returns a new prefix; `prefix` stays valid.
 
-        `collect` gathers what each layer became in `Prefix.fitted`, for `ticket.fitted_network`.
+        `collect` gathers what each layer became in `Prefix.fitted`, for `fitted.network_of`.
         """
 
     @abstractmethod
+    def _outputs(self, prefix: Prefix) -> torch.Tensor:
+        """(N, classes) of a prefix in which every layer is decided."""
+
     def finish(self, prefix: Prefix) -> Measurement:
         """The measurement of a prefix in which every layer is decided."""
+        logits = self._retrained(prefix) if self.steps else self._outputs(prefix)
+        unexplained = float(np.mean(prefix.unexplained)) if prefix.unexplained else 0.0
+        scored = logits[self.fit_count - self._count :]
+        return self._measure(self.schedule(prefix), scored, unexplained)
+
+    def _retrained(self, prefix: Prefix) -> torch.Tensor:
+        """(S, classes) after `steps` of quantization-aware distillation on the fitted images."""
+        small = network_of(self._model, self.network, prefix)
+        bits = {name: self.schedule(prefix).width(name) for name in self.network.layers}
+        attach_fake_quant(small.model, self.network, bits, small.scales)
+        fit, score = self._batch[: self.fit_count], self._batch[self.fit_count :]
+        with torch.inference_mode(False), torch.enable_grad():
+            taught = self._dense_logits[: self.fit_count].clone().log_softmax(1)
+            distill(small.model, fit, taught, self.steps, seed=self._seed)
+        with torch.inference_mode():
+            logits: torch.Tensor = small.model(score)
+        return logits
 
     def run(self, schedule: Schedule, *, collect: bool = False) -> Prefix:
         """Every layer decided as `schedule` says."""
@@ -208,39 +270,71 @@ class Evaluator(ABC):
         self._targets[call.name] = (at, at.outputs(y).clone())
 
     def _step(
-        self, layer: Layer, call: Call, kept: Mapping[str, np.ndarray], bits: int, untouched: bool
+        self,
+        layer: Layer,
+        call: Call,
+        kept: Mapping[str, np.ndarray],
+        bits: int,
+        untouched: bool,
+        *,
+        before: Hashable = None,
+        shift_PO: torch.Tensor | None = None,
     ) -> Step:
-        """Cuts, refits and quantizes one layer and applies it to its input."""
+        """Cuts, refits and quantizes one layer and applies it to its input.
+
+        before    names what led to this input, if it may be met again
+        shift_PO  what the layer should put out beside its dense outputs (all channels)
+        """
         module = self._dense[layer.name]
         assert isinstance(module, LayerModule)
         in_mask = kept_mask(layer.inputs, layer.in_channels, kept)
         out_mask = kept_mask(layer.outputs, layer.out_channels, kept)
         out = torch.from_numpy(np.flatnonzero(out_mask))
-        depthwise = layer.kind == "depthwise"
-        at, target_PO = self._targets[layer.name]
         weight, bias = module.weight.detach(), module.bias
-        if not out_mask.all():
-            weight, target_PO = weight[out], target_PO[:, out]
-            bias = None if bias is None else bias[out]
-        if layer.conv_groups == 1 and not in_mask.all():
+        at, target_PO = self._targets[layer.name]
+        if shift_PO is not None:
+            target_PO = target_PO + shift_PO
+        conv_groups, rows = layer.conv_groups, out
+        if layer.kind == "depthwise":
+            # Its channels are its inputs: an earlier choice has cut them.
+            weight, target_PO, conv_groups = weight[out], target_PO[:, out], len(out)
+            rows = torch.arange(len(out))
+        elif conv_groups == 1 and not in_mask.all():
             weight = weight[:, torch.from_numpy(np.flatnonzero(in_mask))]
-        conv_groups = len(out) if depthwise else layer.conv_groups
-        patch = None
+        if call.window is None and call.x.dim() == 2:
+            call = replace(call, x=call.x.float())  # few products, and the logits among them
+        fit = None
         if self.recovery == "reconstruct" and not untouched and len(at.n_P):
-            patch = patches(call, at, conv_groups)
-            weight = refit(patch, target_PO, weight)
-        scale, floats = None, weight
+            fit = self._fits.get(before) if before is not None else None
+            if fit is None:
+                fit = refit(patches(call, at, conv_groups).float(), target_PO, weight)
+                if before is not None:
+                    self._fits.put(before, fit)
+            weight = fit.weight
+        weight, target_PO = weight[rows], target_PO[:, rows]
+        bias = None if bias is None else bias[out]
+        scale = None
         if bits != FULL_PRECISION:
             clip_O = self.estimates.clip_of(layer.name, bits)[out].to(weight)
             scale = scale_of(weight, clip_O, bits)
-            weight = fake_quantize(weight, scale, bits)
-        if patch is not None and bias is not None and not layer.batch_norm:
-            bias = target_PO.mean(0) - layer_outputs(patch, weight).mean(0)
-        y = call.apply(weight, bias, conv_groups)
+            if fit is None:
+                weight = fake_quantize(weight, scale, bits)
+            else:
+                weight = fit.quantize(rows, scale, bits)
+        if fit is not None and bias is not None and not layer.batch_norm:
+            bias = target_PO.mean(0) - fit.mean_outputs(weight)
+        given, centre = bias, None
+        centred = self.recovery != "none" and layer.batch_norm and not untouched
+        if centred and call.x.dtype != torch.float32 and len(at.n_P):
+            # Low precision keeps three digits: of the deviations, not of the mean.
+            plain = torch.zeros_like(target_PO[0]) if bias is None else bias
+            centre = target_PO.mean(0) if fit is None else plain + fit.mean_outputs(weight)
+            given = plain - centre
+        y = call.apply(weight, given, conv_groups)
         residue = 0.0
         if not untouched and len(at.n_P):
-            residue = float(unexplained(target_PO, at.outputs(y)).mean())
-        return Step(y, FittedLayer(floats, bias, scale), residue)
+            residue = float(unexplained(target_PO, at.outputs(y).float()).mean())
+        return Step(y, FittedLayer(weight, bias, scale), residue, centre)
 
     def _statistics(
         self, norm: nn.BatchNorm2d, y: torch.Tensor, kept: torch.Tensor, untouched: bool
@@ -252,20 +346,26 @@ class Evaluator(ABC):
             assert norm.running_mean is not None
             assert norm.running_var is not None
             return norm.running_mean[kept], norm.running_var[kept]
-        # Plain means over rows: several times faster than var_mean in channels_last.
         rows = y[:lead].movedim(1, -1).flatten(0, -2)
+        # An odd stride, so that every column of an image takes its turn.
+        rows = rows[:: len(rows) // STATISTICS_ROWS | 1].float()
+        # Plain means over rows: several times faster than var_mean in channels_last.
         mean = rows.mean(0)
         return mean, (rows - mean).square_().mean(0)
 
-    def _measure(self, schedule: Schedule, logits: torch.Tensor) -> Measurement:
+    def _measure(
+        self, schedule: Schedule, logits: torch.Tensor, unexplained: float = 0.0
+    ) -> Measurement:
         with torch.inference_mode():
-            accuracy, loss, kl = compare(logits, self._dense_logits, self._labels)
-        return self.costs.cost(schedule).measurement(accuracy, loss, kl)
+            dense = self._dense_logits[self.fit_count :]
+            labels = dense.argmax(1) if self._labels is None else self._labels
+            accuracy, loss, kl = compare(logits, dense, labels)
+        return self.costs.cost(schedule).measurement(accuracy, loss, kl, unexplained)
 
     def _dense_done(self, logits: torch.Tensor) -> None:
         """Takes the dense network's outputs (N, classes)."""
-        self._dense_logits = logits[self.fit_count :]
-        self.dense = self._measure(Schedule(), self._dense_logits)
+        self._dense_logits = logits
+        self.dense = self._measure(Schedule(), logits[self.fit_count :])
 
 
 def touched(prefix: Prefix) -> bool:
@@ -280,11 +380,12 @@ def build_evaluator(
     network: Network,
     fit: torch.Tensor,
     score: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     estimates: Estimates,
     *,
     recovery: str = "reconstruct",
     positions: int = 2048,
+    precision: str = "float32",
     cache_bytes: int = 256 * 2**20,
     seed: int = 0,
 ) -> Evaluator:
@@ -294,26 +395,15 @@ def build_evaluator(
     from rlcompress.core.whole import WholeEvaluator
 
     data = (model, network, fit, score, labels, estimates)
+    options: dict[str, Any] = {
+        "recovery": recovery,
+        "positions": positions,
+        "precision": precision,
+        "seed": seed,
+    }
     try:
-        return IncrementalEvaluator(
-            *data, recovery=recovery, positions=positions, cache_bytes=cache_bytes, seed=seed
-        )
+        return IncrementalEvaluator(*data, cache_bytes=cache_bytes, **options)
     except TraceError as error:
-        evaluator = WholeEvaluator(*data, recovery=recovery, positions=positions, seed=seed)
+        evaluator = WholeEvaluator(*data, **options)
         evaluator.slow = str(error)
         return evaluator
-
-
-def compare(
-    logits: torch.Tensor, dense_logits: torch.Tensor, labels: torch.Tensor
-) -> tuple[float, float, float]:
-    """Accuracy (0-1), cross-entropy and KL(dense || other) (nats) of logits (S, classes); both
-    at most `WORST`, which is what logits that are not finite get."""
-    logits, dense_logits = logits.float(), dense_logits.float()
-    accuracy = float((logits.argmax(1) == labels).float().mean())
-    loss = F.cross_entropy(logits, labels)
-    kl = F.kl_div(
-        logits.log_softmax(1), dense_logits.log_softmax(1), log_target=True, reduction="batchmean"
-    )
-    loss, kl = (float(value.nan_to_num(nan=WORST).clamp(0, WORST)) for value in (loss, kl))
-    return accuracy, loss, kl

@@ -5,7 +5,7 @@ Equal prefixes are computed once: their live activations stay in an LRU cache bo
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,42 +15,18 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from rlcompress.core.cache import ByteCache
 from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.evaluate import Evaluator, Prefix, Step, touched
-from rlcompress.core.graph import Network, kept_mask
+from rlcompress.core.graph import Layer, Network, kept_mask
 from rlcompress.core.reading import NORMS
-from rlcompress.core.schedule import FULL_PRECISION, Measurement
+from rlcompress.core.schedule import FULL_PRECISION
 from rlcompress.core.trace import trace
 
 Values = dict[fx.Node, Any]
-
-
-class PrefixCache:
-    """Least recently used prefixes, at most `max_bytes` of activations."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = self.hits = self.misses = 0
-        self._entries: OrderedDict[tuple[Any, ...], Prefix] = OrderedDict()
-
-    def get(self, choices: tuple[Any, ...]) -> Prefix | None:
-        prefix = self._entries.get(choices)
-        if prefix is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(choices)
-        return prefix
-
-    def put(self, prefix: Prefix) -> None:
-        size = prefix.nbytes()
-        if size > self.max_bytes or prefix.choices in self._entries:
-            return
-        self._entries[prefix.choices] = prefix
-        self.bytes += size
-        while self.bytes > self.max_bytes:
-            _, old = self._entries.popitem(last=False)
-            self.bytes -= old.nbytes()
+_SUMS = (operator.add, operator.iadd, torch.add)
+#: Of a batch norm, per unit of its input.
+LEAST_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -79,16 +55,22 @@ class IncrementalEvaluator(Evaluator):
     ) -> None:
         self._fx = trace(model, fit[:1], network.layers)
         super().__init__(model, network, fit, *data, **options)
-        self.cache = PrefixCache(cache_bytes)
+        self._fits = ByteCache(cache_bytes // 4)
+        self.cache: ByteCache[Prefix] = ByteCache(cache_bytes - cache_bytes // 4)
         self._modules = dict(self._fx.named_modules())
         self._norms = {norm.name: norm for norm in network.norms}
         self._segments = self._split()
         batch = self._batch
-        del self._batch
+        if not self.steps:
+            del self._batch
+        self._sums = self._find_sums()
+        self._beside: dict[str, torch.Tensor] = {}
         with torch.inference_mode():
             start = self._run_nodes(self._segments[0], {}, lambda node: batch)
+            self._dense_done(self._dense_pass(start))
+            batch = batch.to(self.dtype)
+            start = self._run_nodes(self._segments[0], {}, lambda node: batch)
             self._start = Prefix((), start, {}, ())
-            self._dense_done(self._dense_pass())
 
     # --- structure -------------------------------------------------------------------------
 
@@ -114,6 +96,28 @@ class IncrementalEvaluator(Evaluator):
             }
             segments.append(_Segment(tuple(piece), frozenset(needed)))
         return segments
+
+    def _find_sums(self) -> dict[str, fx.Node]:
+        """Layer -> the other summand, where a layer's output (behind its batch norm) goes into a
+        sum and nowhere else and the other summand is there before it."""
+        order = {node: i for i, node in enumerate(self._fx.graph.nodes)}
+        sums = {}
+        for layer in self.layers:
+            nodes = [n for n in order if n.op == "call_module" and n.target == layer.name]
+            if len(nodes) != 1:
+                continue
+            node = last = nodes[0]
+            if layer.batch_norm and len(node.users) == 1:
+                last = next(iter(node.users))
+            if len(last.users) != 1:
+                continue
+            user = next(iter(last.users))
+            if user.target not in _SUMS or len(user.all_input_nodes) != 2 or user.kwargs:
+                continue
+            (other,) = (n for n in user.all_input_nodes if n is not last)
+            if order[other] < order[node]:
+                sums[layer.name] = other
+        return sums
 
     # --- running ---------------------------------------------------------------------------
 
@@ -172,19 +176,45 @@ class IncrementalEvaluator(Evaluator):
 
         return first
 
-    def _dense_pass(self) -> torch.Tensor:
-        """Runs the dense network once; keeps its pre-activations at the sampled positions."""
+    def _dense_pass(self, start: Values) -> torch.Tensor:
+        """Runs the dense network once; keeps its pre-activations at the sampled positions, and
+        what is added to them."""
+        live: Mapping[fx.Node, Any] = start
 
         def handle(call: Call) -> torch.Tensor:
             y = call.run()
             self._aim(call, y)
+            if (other := self._sums.get(call.name)) is not None:
+                self._beside[call.name] = self._targets[call.name][0].outputs(live[other]).clone()
             return y
 
-        live: Mapping[fx.Node, Any] = self._start.live
         for layer, segment in zip(self.layers, self._segments[1:], strict=True):
             live = self._run_nodes(segment, live, self._layer(layer.name, live, handle))
         logits: torch.Tensor = live[self._output]
         return logits
+
+    def _shift(
+        self, layer: Layer, live: Mapping[fx.Node, Any], out_mask: np.ndarray
+    ) -> torch.Tensor | None:
+        """(P, O) what the layer should add to its outputs so that the sum it ends in is the dense
+        one: the error of the other summand, in units before its batch norm."""
+        other = self._sums.get(layer.name)
+        if other is None:
+            return None
+        dense_PO = self._beside[layer.name]
+        shift_PO = torch.zeros_like(dense_PO)
+        out = torch.from_numpy(np.flatnonzero(out_mask))
+        now_PO = self._targets[layer.name][0].outputs(live[other]).float()
+        shift_PO[:, out] = dense_PO[:, out] - now_PO
+        if layer.batch_norm:
+            norm = self._modules[layer.batch_norm]
+            assert isinstance(norm, NORMS)
+            assert norm.running_var is not None
+            gain_O = (norm.running_var + norm.eps).rsqrt()
+            gain_O = gain_O * norm.weight.detach() if norm.affine else gain_O
+            # A channel that the norm nearly silences cannot make up for another.
+            shift_PO *= torch.where(gain_O.abs() > LEAST_GAIN, 1 / gain_O, 0 * gain_O)
+        return shift_PO
 
     def begin(self) -> Prefix:
         return self._start
@@ -193,12 +223,17 @@ class IncrementalEvaluator(Evaluator):
         layer = self.layers[len(prefix.choices)]
         group = self.network.owned_group(layer.name)
         choices = (*prefix.choices, (keep if group else 1.0, bits))
-        if not collect and (cached := self.cache.get(choices)) is not None:
+        collect = collect or self.steps > 0
+        if (not collect or self.steps) and (cached := self.cache.get(choices)) is not None:
             return cached
-        with torch.inference_mode():
+        device = next(iter(self._weights.values())).device.type
+        with (
+            torch.inference_mode(),
+            torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
+        ):
             result = self._advance(prefix, choices, collect)
-        if not collect:
-            self.cache.put(result)
+        if not collect or self.steps:
+            self.cache.put(choices, result)
         return result
 
     def _advance(
@@ -213,7 +248,13 @@ class IncrementalEvaluator(Evaluator):
         steps: list[Step] = []
 
         def handle(call: Call) -> torch.Tensor:
-            steps.append(self._step(layer, call, kept, bits, untouched))
+            shift = None
+            if self.recovery == "reconstruct" and not untouched:
+                shift = self._shift(layer, prefix.live, out_mask)
+            before = prefix.choices
+            steps.append(
+                self._step(layer, call, kept, bits, untouched, before=before, shift_PO=shift)
+            )
             return steps[0].y
 
         statistics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -240,10 +281,11 @@ class IncrementalEvaluator(Evaluator):
             done = step.fitted
             if layer.batch_norm:
                 mean, variance = statistics.pop(layer.batch_norm)
+                mean = mean if step.centre_O is None else mean + step.centre_O
                 done = replace(done, mean_O=mean, variance_O=variance)
             fitted, norms = {**fitted, layer.name: done}, {**norms, **statistics}
         return Prefix(choices, live, kept, (*prefix.unexplained, step.residue), fitted, norms)
 
-    def finish(self, prefix: Prefix) -> Measurement:
-        logits = prefix.live[self._output][self.fit_count :]
-        return self._measure(self.schedule(prefix), logits)
+    def _outputs(self, prefix: Prefix) -> torch.Tensor:
+        logits: torch.Tensor = prefix.live[self._output]
+        return logits

@@ -1,11 +1,17 @@
-"""Closed-form recovery: refit a layer to what the dense network puts out, from its new inputs.
+"""Closed-form recovery: refit a layer to what the dense network puts out, from its new inputs,
+and quantize it so that later weights make up for the rounding of earlier ones.
 
-Ridge regression towards the dense pre-activations, pulled to the weights that were there:
+Refit: ridge regression towards the wanted pre-activations, pulled to the weights that were there,
 
-    min_W |Y - X W|^2 + r |W - W0|^2,  r = 0.01 x mean diagonal of X'X
+    min_W |Y - X W|^2 + r |W - W0|^2,   r one of `RIDGES` x mean diagonal of X'X
 
-Its data-driven form for pruned channels is He et al. (2017, "Channel Pruning", eq. 4); pulling
-towards W0 instead of zero keeps directions that the sample does not see as they were.
+(its data-driven form for pruned channels is He et al., 2017, "Channel Pruning", eq. 4; pulling
+towards W0 instead of zero keeps directions that the sample does not see as they were). The last
+quarter of the positions is held out to choose r, and W0 stays if no r does better there.
+
+Rounding: inputs are quantized block by block, those with most energy first, and what a block's
+rounding changes in the output is made up for by the blocks behind it (Frantar et al., 2023,
+"GPTQ", eq. 4; blocks instead of single inputs, so that it takes a few matrix products).
 
 Shapes: P sampled output positions, G convolution groups, D inputs per group (channels x kernel),
 O output channels, o outputs per group.
@@ -13,14 +19,23 @@ O output channels, o outputs per group.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from rlcompress.core.calls import Call
+from rlcompress.core.quant import fake_quantize
 
-RIDGE = 0.01
+#: Shares of the mean diagonal. Of nearly equal ones the first is as good as any.
+RIDGES = (1.0, 0.1, 0.01)
+HELD_OUT = 4  # one position of so many
+#: Blocks that a layer's inputs are rounded in; small groups of inputs go one by one.
+BLOCKS = 16
+#: Share of the mean diagonal added before rounding: inputs hardly seen must not make up for much.
+DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -72,40 +87,160 @@ def patches(call: Call, at: Positions, groups: int) -> torch.Tensor:
     return patch.permute(0, 2, 3, 1).reshape(count, groups, -1)
 
 
+class Fit:
+    """A refitted layer, before it is quantized.
+
+    weight    the layer's shape;  mean_GD  its inputs' means
+    gram_GDD  X'X of the centred inputs: what rounding is weighed with. None where there are
+              more inputs than positions
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, mean_GD: torch.Tensor, gram_GDD: torch.Tensor | None
+    ) -> None:
+        self.weight, self.mean_GD = weight, mean_GD
+        self._gram_GDD = gram_GDD
+        self._order: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self._gram_GDD is None else 2 * self._gram_GDD.nbytes)
+
+    def mean_outputs(self, weight: torch.Tensor) -> torch.Tensor:
+        """(O,) mean output of `weight`, bias aside."""
+        groups = len(self.mean_GD)
+        w_GoD = weight.reshape(groups, weight.shape[0] // groups, -1)
+        return torch.einsum("gd,god->go", self.mean_GD, w_GoD).flatten()
+
+    def quantize(self, out: torch.Tensor, scale_O: torch.Tensor, bits: int) -> torch.Tensor:
+        """The `out` channels of the weight as codes x scale_O, each block of inputs rounded to
+        make up for the blocks before it."""
+        weight = self.weight[out]
+        factors = self._factors()
+        if factors is None:
+            return fake_quantize(weight, scale_O, bits)
+        order_GD, upper_GDD = factors
+        groups, fan = order_GD.shape
+        rows = len(weight) // groups
+        w_GoD = weight.reshape(groups, rows, fan)
+        at_GoD = order_GD.unsqueeze(1).expand(-1, rows, -1)
+        w_GoD = w_GoD.gather(2, at_GoD)
+        codes_GoD = torch.empty_like(w_GoD)
+        width = max(1, math.ceil(fan / BLOCKS)) if fan > BLOCKS else 1
+        for start in range(0, fan, width):
+            block = slice(start, start + width)
+            rounded = fake_quantize(w_GoD[..., block].flatten(0, 1), scale_O, bits)
+            codes_GoD[..., block] = rounded.view_as(w_GoD[..., block])
+            behind = slice(start + width, fan)
+            if start + width < fan:
+                error_Gob = w_GoD[..., block] - codes_GoD[..., block]
+                scaled = torch.linalg.solve_triangular(
+                    upper_GDD[:, block, block], error_Gob, upper=True, left=False
+                )
+                w_GoD[..., behind] -= scaled @ upper_GDD[:, block, behind]
+        return torch.empty_like(w_GoD).scatter_(2, at_GoD, codes_GoD).reshape(weight.shape)
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """order_GD, inputs of most energy first, and U with (X'X)^-1 = U'U in that order."""
+        if self._gram_GDD is None:
+            return None
+        if self._order is None:
+            gram = self._gram_GDD
+            diagonal_GD = gram.diagonal(dim1=1, dim2=2)
+            order_GD = diagonal_GD.argsort(dim=1, descending=True)
+            fan = order_GD.shape[1]
+            gram = gram.gather(1, order_GD.unsqueeze(2).expand(-1, -1, fan))
+            gram = gram.gather(2, order_GD.unsqueeze(1).expand(-1, fan, -1))
+            damp_G = DAMPING * diagonal_GD.mean(1) + 1e-8
+            gram.diagonal(dim1=1, dim2=2).add_(damp_G[:, None])
+            lower, info = torch.linalg.cholesky_ex(gram)
+            upper, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if bool(info.any()) or bool(again.any()) or not bool(torch.isfinite(upper).all()):
+                self._gram_GDD = None
+                return None
+            self._order = order_GD, upper
+        return self._order
+
+
 def refit(
     patches_PGD: torch.Tensor,
     targets_PO: torch.Tensor,
     weight: torch.Tensor,
-    ridge: float = RIDGE,
-) -> torch.Tensor:
-    """The refitted weight, in `weight`'s shape. Means are left to the bias or batch norm.
+    ridges: Sequence[float] = RIDGES,
+) -> Fit:
+    """Refits `weight` with the best of `ridges`. Means are left to the bias or batch norm.
 
     A singular system (dead inputs, fewer positions than inputs) is made definite by the ridge;
-    one that is still not, or not finite, leaves the weight as it was. With more inputs than
-    positions the same minimum is found through X X', which is the smaller system.
+    one that is still not, or not finite, leaves the weight as it was, as does one that does not
+    improve on it at the held-out positions. With more inputs than positions the same minimum is
+    found through X X', which is the smaller system.
     """
     count, groups, fan = patches_PGD.shape
-    x_GPD = (patches_PGD - patches_PGD.mean(0)).permute(1, 0, 2)
+    mean_GD = patches_PGD.mean(0)
+    x_GPD = (patches_PGD - mean_GD).permute(1, 0, 2)
     y_PO = targets_PO - targets_PO.mean(0)
-    y_GPo = y_PO.reshape(len(y_PO), groups, -1).permute(1, 0, 2)
     w_GDo = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
-    r_G = ridge * x_GPD.square().sum((1, 2)) / fan + 1e-8
-    x_GDP = x_GPD.transpose(1, 2)
-    if fan <= count:
-        fitted_GDo = _solve(x_GDP @ x_GPD, r_G, x_GDP @ y_GPo + r_G[:, None, None] * w_GDo)
+    left_GPo = y_PO.reshape(count, groups, -1).permute(1, 0, 2) - x_GPD @ w_GDo
+    known = count - count // HELD_OUT
+    x_held, left_held = x_GPD[:, known:], left_GPo[:, known:]
+    dual = fan > known
+    fitted = _normal(x_GPD[:, :known], left_GPo[:, :known], dual)
+    if dual:
+        everything = _normal(x_GPD, left_GPo, dual)
     else:
-        residual_GPo = y_GPo - x_GPD @ w_GDo
-        fitted_GDo = _solve(x_GPD @ x_GDP, r_G, residual_GPo)
-        fitted_GDo = None if fitted_GDo is None else w_GDo + x_GDP @ fitted_GDo
-    if fitted_GDo is None or not bool(torch.isfinite(fitted_GDo).all()):
-        return weight
-    return fitted_GDo.transpose(1, 2).reshape(weight.shape)
+        everything = _add(fitted, _normal(x_held, left_held, dual))
+
+    # Every output counts alike, whatever its scale.
+    weight_Go = 1 / y_PO.square().mean(0).clamp_min(1e-12).reshape(groups, -1)
+
+    def error(left: torch.Tensor) -> torch.Tensor:
+        return (left.square().mean(1) * weight_Go).sum(1)
+
+    least_G = error(left_held) if count > known else mean_GD.new_full((groups,), torch.inf)
+    ridge_G = torch.zeros_like(least_G)
+    for ridge in ridges if count > known else ridges[:1]:
+        change_GDo = fitted.solve(torch.full_like(ridge_G, ridge))
+        if change_GDo is not None:
+            error_G = error(left_held - x_held @ change_GDo).nan_to_num(0.0)  # of nothing: 0
+            better_G = error_G < least_G
+            least_G = torch.where(better_G, error_G, least_G)
+            ridge_G = torch.where(better_G, ridge, ridge_G)
+    gram = everything.gram_Gnn if everything.x_GnD is None else None
+    if bool((ridge_G > 0).any()):
+        change_GDo = everything.solve(torch.where(ridge_G > 0, ridge_G, ridges[0]))
+        if change_GDo is not None:
+            w_GDo = w_GDo + change_GDo * (ridge_G > 0)[:, None, None]
+    return Fit(w_GDo.transpose(1, 2).reshape(weight.shape), mean_GD, gram)
 
 
-def _solve(
-    gram_Gnn: torch.Tensor, ridge_G: torch.Tensor, right_Gno: torch.Tensor
-) -> torch.Tensor | None:
-    """(gram + ridge I)^-1 right; None if that is not definite. Changes `gram_Gnn`."""
-    gram_Gnn.diagonal(dim1=1, dim2=2).add_(ridge_G[:, None])
-    factor, info = torch.linalg.cholesky_ex(gram_Gnn)
-    return None if bool(info.any()) else torch.cholesky_solve(right_Gno, factor)
+@dataclass(frozen=True)
+class _Normal:
+    """The normal equations of left = X change + noise, or their dual: change = X' solution."""
+
+    gram_Gnn: torch.Tensor
+    right_Gno: torch.Tensor
+    energy_G: torch.Tensor  # mean diagonal of X'X
+    x_GnD: torch.Tensor | None = None
+
+    def solve(self, ridge_G: torch.Tensor) -> torch.Tensor | None:
+        """change_GDo at a ridge of `ridge_G` x the mean diagonal; None if that is not finite."""
+        gram_Gnn = self.gram_Gnn.clone()
+        gram_Gnn.diagonal(dim1=1, dim2=2).add_((ridge_G * self.energy_G + 1e-8)[:, None])
+        factor, info = torch.linalg.cholesky_ex(gram_Gnn)
+        if bool(info.any()):
+            return None
+        change = torch.cholesky_solve(self.right_Gno, factor)
+        if self.x_GnD is not None:
+            change = self.x_GnD.transpose(1, 2) @ change
+        return change if bool(torch.isfinite(change).all()) else None
+
+
+def _normal(x_GPD: torch.Tensor, left_GPo: torch.Tensor, dual: bool) -> _Normal:
+    energy_G = x_GPD.square().sum((1, 2)) / x_GPD.shape[2]
+    x_GDP = x_GPD.transpose(1, 2)
+    if dual:
+        return _Normal(x_GPD @ x_GDP, left_GPo, energy_G, x_GPD)
+    return _Normal(x_GDP @ x_GPD, x_GDP @ left_GPo, energy_G)
+
+
+def _add(a: _Normal, b: _Normal) -> _Normal:
+    return _Normal(a.gram_Gnn + b.gram_Gnn, a.right_Gno + b.right_Gno, a.energy_G + b.energy_G)

@@ -18,6 +18,8 @@ MIN_BITS, MAX_BITS = 2, 8
 #: Keep ratios and weight bits that a search chooses from, unless it is told otherwise.
 KEEPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
 BITS = (2, 3, 4, 5, 6, 8)
+#: What a measurement can be judged by.
+SCORES = ("kl", "accuracy", "unexplained")
 
 
 @dataclass(frozen=True, eq=True)
@@ -90,6 +92,8 @@ class Measurement:
     macs       multiply-accumulates of one image
     bops       sum over layers of MACs x weight bits x activation bits
     density    accuracy in % per 10^6 bytes
+    unexplained  mean over the layers of the share of their outputs' variance that the dense
+               outputs keep to themselves, [0, 1]; None where no evaluator measured
     """
 
     accuracy: float
@@ -100,15 +104,25 @@ class Measurement:
     macs: int
     bops: int
     density: float
+    unexplained: float | None = None
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
+
+    def error(self, score: str = "kl") -> float:
+        """How far from the dense network, by one of `SCORES`; less is better."""
+        value = {"kl": self.kl, "accuracy": 1 - self.accuracy, "unexplained": self.unexplained}
+        error = value[score]
+        if error is None:
+            raise ValueError("unexplained variance was not measured")
+        return error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
         """The inverse of `to_dict`; numpy scalars become plain numbers."""
         kinds: dict[str, type] = {"bytes": int, "params": int, "macs": int, "bops": int}
-        return cls(**{f.name: kinds.get(f.name, float)(data[f.name]) for f in fields(cls)})
+        names = [f.name for f in fields(cls) if data.get(f.name) is not None]
+        return cls(**{name: kinds.get(name, float)(data[name]) for name in names})
 
 
 def performance_density(accuracy: float, size_bytes: int) -> float:

@@ -25,8 +25,9 @@ from torch import nn
 
 from rlcompress.core.artifact import ModelRef, load_artifact, pack
 from rlcompress.core.data import Split
-from rlcompress.core.evaluate import Evaluator, FittedLayer
+from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import save_bytes
+from rlcompress.core.fitted import CutNetwork, fitted_network
 from rlcompress.core.fold import snap
 from rlcompress.core.graph import Network
 from rlcompress.core.problem import pick_device
@@ -38,56 +39,11 @@ from rlcompress.core.quant import (
     mse_clip,
     scale_of,
 )
-from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 from rlcompress.core.train import Checkpoint, Recipe, epochs, teach
 
 UNTRAINED = "reconstructed"
 ARMS = (UNTRAINED, "finetuned", "rewind", "fresh")
-
-
-@dataclass
-class CutNetwork:
-    """A cut network with float weights, and the scale_O of each quantized layer."""
-
-    model: nn.Module
-    scales: dict[str, torch.Tensor]
-
-    def cpu(self) -> CutNetwork:
-        return CutNetwork(self.model.cpu(), {n: scale.cpu() for n, scale in self.scales.items()})
-
-
-def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -> CutNetwork:
-    """What the evaluator scored, as a network: refitted weights and batch statistics."""
-    prefix = evaluator.run(schedule, collect=True)
-    fitted = prefix.fitted
-    small = cut(model, evaluator.network, evaluator.kept(schedule))
-    modules = dict(small.named_modules())
-    scales = {}
-    with torch.no_grad():
-        for name, layer in evaluator.network.layers.items():
-            part: FittedLayer = fitted[name]
-            module = modules[name]
-            module.weight.copy_(part.weight)  # type: ignore[union-attr, operator]
-            if part.bias is not None:
-                module.bias.copy_(part.bias)  # type: ignore[union-attr, operator]
-            if part.scale_O is not None:
-                scales[name] = part.scale_O.clone()
-            if layer.batch_norm:
-                assert part.mean_O is not None
-                assert part.variance_O is not None
-                _set_statistics(modules[layer.batch_norm], part.mean_O, part.variance_O)
-        for name, (mean, variance) in prefix.norms.items():
-            _set_statistics(modules[name], mean, variance)
-    return CutNetwork(small, scales)
-
-
-def _set_statistics(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor) -> None:
-    assert isinstance(norm, NORMS)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
 
 
 def cut_network(

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import compare
+from rlcompress.core.measure import compare
 from rlcompress.core.schedule import Measurement
 from rlcompress.core.tensors import load_tensors, save_tensors
 
@@ -247,6 +247,35 @@ def train(
         if checkpoint is not None:
             state.save(checkpoint, key)
     return curve
+
+
+def distill(
+    model: nn.Module,
+    images: torch.Tensor,
+    taught: torch.Tensor,
+    steps: int,
+    *,
+    seed: int,
+    lr: float = 0.02,
+    batch: int = 64,
+) -> None:
+    """Trains `model` in place for some steps towards `taught`, log-probabilities (N, classes) of
+    `images` (N, C, H, W); no labels. It is left in eval mode."""
+    model.train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
+    recipe, generator = Recipe(1, batch, lr), torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        index = torch.randperm(len(images), generator=generator)[:batch].to(images.device)
+        predicted = model(images[index]).log_softmax(1)
+        loss = F.kl_div(predicted, taught[index], log_target=True, reduction="batchmean")
+        for group in optimizer.param_groups:
+            group["lr"] = _rate(recipe, step, steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+    model.eval()
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from rlcompress.core.graph import kept_mask
 from rlcompress.core.prune import cut
 from rlcompress.core.quant import fake_quantize
 from rlcompress.core.reading import NORMS
-from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule
+from rlcompress.core.schedule import FULL_PRECISION, Schedule
 
 Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -33,7 +33,6 @@ class WholeEvaluator(Evaluator):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._model: nn.Module = args[0]
         self._place = {layer.name: t for t, layer in enumerate(self.layers)}
 
         def handle(call: Call) -> torch.Tensor:
@@ -51,14 +50,15 @@ class WholeEvaluator(Evaluator):
     def advance(self, prefix: Prefix, keep: float, bits: int, *, collect: bool = False) -> Prefix:
         layer = self.layers[len(prefix.choices)]
         group = self.network.owned_group(layer.name)
-        return self._forward((*prefix.choices, (keep if group else 1.0, bits)), collect)
+        choices = (*prefix.choices, (keep if group else 1.0, bits))
+        return self._forward(choices, collect or self.steps > 0)
 
     def run(self, schedule: Schedule, *, collect: bool = False) -> Prefix:
         self.network.validate(schedule)
-        return self._forward(self.choices(schedule), collect)
+        return self._forward(self.choices(schedule), collect or self.steps > 0)
 
-    def finish(self, prefix: Prefix) -> Measurement:
-        return self._measure(self.schedule(prefix), prefix.live["logits"][self.fit_count :])
+    def _outputs(self, prefix: Prefix) -> torch.Tensor:
+        return prefix.live["logits"]
 
     def _forward(self, choices: tuple[tuple[float, int], ...], collect: bool) -> Prefix:
         """Runs the network as far as `choices` go."""
@@ -106,6 +106,8 @@ class WholeEvaluator(Evaluator):
 
         live = {}
         with torch.inference_mode(), ExitStack() as stack:
+            device, low = self._batch.device.type, self.dtype != torch.float32
+            stack.enter_context(torch.autocast(device, self.dtype, enabled=low))
             small = cut(self._model, self.network, kept)
             for name, module in small.named_modules():
                 if isinstance(module, NORMS) and module.running_mean is not None:
@@ -113,7 +115,7 @@ class WholeEvaluator(Evaluator):
             weights = {n: w for n, w in layer_weights(small).items() if n in self._place}
             stack.enter_context(LayerCalls(weights, handle))
             with suppress(_ReachedError):
-                live["logits"] = small(self._batch)
+                live["logits"] = small(self._batch.to(self.dtype))
         fitted: dict[str, FittedLayer] = {}
         norms: Statistics = {}
         if collect:
@@ -123,6 +125,7 @@ class WholeEvaluator(Evaluator):
                 fitted[layer.name] = step.fitted
                 if layer.batch_norm:
                     mean, variance = statistics.pop(layer.batch_norm)
+                    mean = mean if step.centre_O is None else mean + step.centre_O
                     fitted[layer.name] = replace(step.fitted, mean_O=mean, variance_O=variance)
             norms = statistics
         residues = tuple(

@@ -10,9 +10,11 @@ from torch import nn
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import WORST, Evaluator, build_evaluator, compare
+from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.fitted import fitted_network
+from rlcompress.core.measure import WORST, compare
 from rlcompress.core.schedule import Schedule
-from rlcompress.core.ticket import fitted_network, write_network
+from rlcompress.core.ticket import write_network
 
 RECOVERIES = ("none", "bn", "reconstruct")
 WIDTHS = (2, 3, 4, 6, 8, 32)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from rlcompress.core import reconstruct
 from rlcompress.core.calls import Call, LayerCalls
-from rlcompress.core.quant import layer_outputs
+from rlcompress.core.quant import fake_quantize, layer_outputs, scale_of
 from rlcompress.core.reconstruct import patches, refit, sample_positions
 
 
@@ -84,9 +85,17 @@ def test_positions_are_distinct_and_of_the_first_images_only():
     assert int(at.n_P.max()) < 3
 
 
+def all_positions(monkeypatch) -> None:
+    """No position held out: the one ridge given is taken."""
+    monkeypatch.setattr(reconstruct, "HELD_OUT", 10**9)
+
+
 @given(count=st.integers(2, 40), inputs=st.integers(1, 40), seed=st.integers(0, 2**16))
-@settings(max_examples=25)
-def test_refit_is_the_ridge_regression_whichever_system_is_smaller(count, inputs, seed):
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_refit_is_the_ridge_regression_whichever_system_is_smaller(
+    monkeypatch, count, inputs, seed
+):
+    all_positions(monkeypatch)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 1, inputs, generator=generator)
     y = torch.randn(count, 3, generator=generator)
@@ -97,7 +106,7 @@ def test_refit_is_the_ridge_regression_whichever_system_is_smaller(count, inputs
     wanted = torch.linalg.solve(
         gram + (r + 1e-8) * torch.eye(inputs, dtype=torch.double), a.T @ b + r * weight.double().T
     ).T
-    assert torch.allclose(refit(x, y, weight).double(), wanted, atol=1e-3)
+    assert torch.allclose(refit(x, y, weight, (0.01,)).weight.double(), wanted, atol=1e-3)
 
 
 @given(
@@ -113,37 +122,44 @@ def test_refit_finds_the_weights_behind_the_targets(groups, inputs, outputs, see
     patch = torch.randn(200, groups, inputs, generator=generator) + 3
     truth = torch.randn(groups * outputs, inputs, generator=generator)
     targets = layer_outputs(patch, truth) + 7
-    found = refit(patch, targets, torch.zeros_like(truth), ridge=1e-9)
-    assert torch.allclose(found, truth, atol=1e-2)
+    found = refit(patch, targets, torch.zeros_like(truth), (1e-9,))
+    assert torch.allclose(found.weight, truth, atol=1e-2)
+    assert torch.allclose(found.mean_outputs(truth), (targets - 7).mean(0), atol=1e-3)
 
 
-def test_refit_is_least_squares_where_targets_are_noisy():
-    patch, targets = torch.randn(300, 1, 5), torch.randn(300, 4)
-    x, y = patch[:, 0] - patch[:, 0].mean(0), targets - targets.mean(0)
-    wanted = torch.linalg.lstsq(x, y).solution.T
-    assert torch.allclose(refit(patch, targets, torch.zeros(4, 5), 1e-9), wanted, atol=1e-4)
+def error(patch: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> float:
+    residue = targets - layer_outputs(patch, weight)
+    return float((residue - residue.mean(0)).square().sum())
 
 
 def test_refit_never_fits_worse_than_the_weights_it_starts_from():
-    patch, weight = torch.randn(50, 2, 6).relu(), torch.randn(4, 6)
-    targets = torch.randn(50, 4)
-
-    def error(w):
-        residue = targets - layer_outputs(patch, w)
-        return float((residue - residue.mean(0)).square().sum())
-
-    assert error(refit(patch, targets, weight)) < error(weight)
+    patch, weight, targets = torch.randn(50, 2, 6).relu(), torch.randn(4, 6), torch.randn(50, 4)
+    assert error(patch, targets, refit(patch, targets, weight).weight) < error(
+        patch, targets, weight
+    )
 
 
-def test_a_large_ridge_keeps_the_old_weights():
-    patch, weight = torch.randn(50, 1, 6), torch.randn(4, 6)
-    assert torch.allclose(refit(patch, torch.randn(50, 4), weight, ridge=1e6), weight, atol=1e-3)
+def test_weights_that_predict_unseen_positions_best_stay():
+    """More inputs than the sample can tell apart, and targets that the old weights explain."""
+    patch, weight = torch.randn(40, 1, 30), torch.randn(4, 30)
+    targets = layer_outputs(patch, weight) + 0.5 * torch.randn(40, 4)
+    assert torch.equal(refit(patch, targets, weight, (1e-6,)).weight, weight)
+
+
+def test_the_ridge_follows_the_noise():
+    patch, truth = torch.randn(400, 1, 30), torch.randn(4, 30)
+    clear, old = layer_outputs(patch, truth), torch.zeros(4, 30)
+    loud = clear + 30 * torch.randn(400, 4)
+    for targets, wanted in ((clear, 0.01), (loud, 1.0)):
+        chosen = refit(patch, targets, old, (1.0, 0.01)).weight
+        assert torch.allclose(chosen, refit(patch, targets, old, (wanted,)).weight, atol=1e-5)
 
 
 def test_directions_without_inputs_keep_their_weights():
     patch, weight = torch.randn(100, 1, 6), torch.randn(4, 6)
     patch[..., 2] = 0.0
-    found = refit(patch, torch.randn(100, 4), weight)
+    targets = layer_outputs(patch, torch.randn(4, 6))
+    found = refit(patch, targets, weight).weight
     assert torch.allclose(found[:, 2], weight[:, 2], atol=1e-5)
     assert not torch.allclose(found[:, 0], weight[:, 0], atol=1e-2)
 
@@ -158,18 +174,50 @@ def test_directions_without_inputs_keep_their_weights():
     ],
     ids=["dead", "constant", "too few", "all equal"],
 )
-def test_singular_inputs_give_finite_weights(patch):
+@pytest.mark.parametrize("bits", [2, 4])
+def test_singular_inputs_give_finite_weights(patch, bits):
     found = refit(patch, torch.randn(len(patch), 4), torch.randn(4, 6))
-    assert bool(torch.isfinite(found).all())
+    assert bool(torch.isfinite(found.weight).all())
+    scale = scale_of(found.weight, 1.0, bits)
+    assert bool(torch.isfinite(found.quantize(torch.arange(4), scale, bits)).all())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_broken_inputs_leave_the_weights_alone(bad):
     patch, weight = torch.randn(20, 1, 6), torch.randn(4, 6)
     patch[3, 0, 1] = bad
-    assert torch.equal(refit(patch, torch.randn(20, 4), weight), weight)
+    assert torch.equal(refit(patch, torch.randn(20, 4), weight).weight, weight)
 
 
 def test_refit_keeps_a_convolutions_shape():
     weight = torch.randn(8, 2, 3, 3)
-    assert refit(torch.randn(90, 2, 18), torch.randn(90, 8), weight).shape == weight.shape
+    found = refit(torch.randn(90, 2, 18), torch.randn(90, 8), weight)
+    assert found.weight.shape == weight.shape
+    out = torch.arange(8)
+    assert found.quantize(out, scale_of(weight, 1.0, 4), 4).shape == weight.shape
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("groups", "inputs", "outputs"), [(1, 40, 8), (8, 9, 1), (2, 30, 3)])
+def test_rounding_with_regard_to_the_inputs_beats_rounding_alone(groups, inputs, outputs, bits):
+    """Inputs that go together, as a layer's do: what one weight's rounding adds, others undo."""
+    mix = torch.randn(groups, inputs, inputs) * torch.linspace(2, 0.1, inputs)
+    patch = torch.einsum("pgd,gde->pge", torch.randn(500, groups, inputs), mix)
+    weight = torch.randn(groups * outputs, inputs)
+    fit = refit(patch, layer_outputs(patch, weight), weight)
+    scale = scale_of(weight, 0.8, bits)
+    every = torch.arange(len(weight))
+    rounded = fit.quantize(every, scale, bits)
+    alone = fake_quantize(weight, scale, bits)
+    targets = layer_outputs(patch, weight)
+    assert error(patch, targets, rounded) < 0.9 * error(patch, targets, alone)
+    # On the grid: writing the weights as codes changes nothing.
+    assert torch.allclose(fake_quantize(rounded, scale, bits), rounded, atol=1e-6)
+
+
+def test_some_outputs_are_rounded_as_all_of_them_are():
+    patch, weight = torch.randn(100, 1, 12).relu(), torch.randn(6, 12)
+    fit = refit(patch, torch.randn(100, 6), weight)
+    scale, some = scale_of(fit.weight, 1.0, 3), torch.tensor([0, 3, 5])
+    whole = fit.quantize(torch.arange(6), scale, 3)
+    assert torch.allclose(fit.quantize(some, scale[some], 3), whole[some], atol=1e-6)

@@ -12,14 +12,16 @@ from torch import nn
 
 from rlcompress.core.artifact import ModelRef, load_artifact
 from rlcompress.core.data import digits
-from rlcompress.core.evaluate import build_evaluator, compare
+from rlcompress.core.evaluate import build_evaluator
+from rlcompress.core.fitted import fitted_network
 from rlcompress.core.incremental import IncrementalEvaluator
+from rlcompress.core.measure import compare
 from rlcompress.core.models import build_model
 from rlcompress.core.quant import attach_fake_quant
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.sensitivity import estimate
 from rlcompress.core.structure import build_network
-from rlcompress.core.ticket import fitted_network, write_network
+from rlcompress.core.ticket import write_network
 from rlcompress.core.train import Recipe, train
 from rlcompress.core.whole import WholeEvaluator
 
