@@ -8,11 +8,11 @@ import gymnasium as gym
 import numpy as np
 
 from envs.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS, Observer
-from rlcompress.core.evaluate import Prefix
+from rlcompress.core.prefix import Prefix
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement
 
-KL_FLOOR = 1e-4
+ERROR_FLOOR = 1e-4
 
 
 class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
@@ -38,9 +38,10 @@ class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     estimates), at most 0.
 
     ## Reward
-    At the end `kl_weight x -log10(max(KL, 1e-4)) + accuracy_weight x (accuracy - dense) in
-    points`: absolute, never an improvement over something degraded. KL is that of held-out
-    images' logits to the dense network's, nats. The size is a constraint and pays nothing.
+    At the end `kl_weight x -log10(max(error, 1e-4)) + accuracy_weight x (accuracy - dense) in
+    points`: absolute, never an improvement over something degraded. The error is the problem's
+    score on held-out images, unless it says else the KL of their logits to the dense network's
+    (nats). The size is a constraint and pays nothing.
     Each step adds the potential-based shaping term gamma x phi(s') - phi(s) with
     phi = -shaping x sum of unexplained variances so far / layers, phi = 0 at the end, which
     leaves the best policy as it is (Ng, Harada & Russell, 1999).
@@ -145,5 +146,5 @@ class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     def quality(self, measurement: Measurement) -> float:
         """The reward of a finished schedule without shaping."""
         points = 100 * (measurement.accuracy - self.problem.dense.accuracy)
-        kl = max(measurement.kl, KL_FLOOR)
-        return float(-self.kl_weight * np.log10(kl) + self.accuracy_weight * points)
+        error = max(measurement.error(self.problem.score), ERROR_FLOOR)
+        return float(-self.kl_weight * np.log10(error) + self.accuracy_weight * points)

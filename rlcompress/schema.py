@@ -82,6 +82,16 @@ def _size_range(target: tuple[float, float]) -> tuple[float, float]:
     return target
 
 
+def _recovery(value: str) -> str:
+    names = ("none", "bn", "reconstruct")
+    if value in names or re.fullmatch(r"steps:[1-9]\d*", value):
+        return value
+    raise ValueError(
+        f"must be one of {', '.join(names)}, or steps:K with K of 1 or more"
+        + did_you_mean(value, (*names, "steps:20"))
+    )
+
+
 def _image_shape(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r" *[1-9]\d* *(, *[1-9]\d* *){2}", text):
         raise ValueError("must be C,H,W: three whole numbers of 1 or more")
@@ -122,6 +132,9 @@ class DataSpec(_Section):
 class DenseSpec(_Section):
     """Training of the dense network."""
 
+    weights: str | None = Field(
+        None, description="a trained state dict (.safetensors or .pt) instead of training one"
+    )
     epochs: int = Field(12, ge=1, description="passes over the training images")
     batch_size: int = Field(128, ge=1, description="images a step")
     lr: float = Field(0.1, gt=0, description="peak learning rate of SGD")
@@ -149,6 +162,12 @@ class CalibrationSpec(_Section):
 
     fit_images: int = Field(256, ge=1, description="images the reconstruction is fitted on")
     score_images: int = Field(256, ge=1, description="other images, which give the score")
+    final_images: int = Field(
+        1024, ge=0, description="more of them for the finalists, at most half of what is left"
+    )
+    labels: bool = Field(
+        True, description="false = no labels: accuracy is agreement with the dense network"
+    )
     positions: int = Field(
         2048, ge=1, description="output positions sampled a layer for the reconstruction"
     )
@@ -188,8 +207,19 @@ class SearchSpec(_Section):
     round_to: int = Field(
         8, ge=1, description="surviving channels come in multiples of it (or all); 1 = any number"
     )
-    recovery: Literal["none", "bn", "reconstruct"] = Field(
-        "reconstruct", description="before scoring: nothing, batch norms, or least squares"
+    recovery: Annotated[str, AfterValidator(_recovery)] = Field(
+        "reconstruct",
+        description="before scoring: none; bn = batch norms; reconstruct = and least squares; "
+        "steps:K = bn and K steps of distillation",
+    )
+    score: Literal["kl", "accuracy", "unexplained"] = Field(
+        "kl", description="KL of the logits to dense's, accuracy, or unexplained variance"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of a candidate's pass; auto = bfloat16 where that is fast"
+    )
+    finalists: int = Field(
+        8, ge=1, description="schedules a searcher that are measured again on more images"
     )
     clip: Literal["auto", "kl", "mse"] = Field("auto", description="rule for the clipping range")
     cache_mb: int = Field(256, ge=0, description="bound of the activation cache, MiB a process")

@@ -62,12 +62,15 @@ class Data:
         """One normalised image (1, C, H, W)."""
         return self.train.images(slice(0, 1))
 
-    def score_and_selection(self, count: int, seed: int) -> tuple[Split, Split]:
-        """Disjoint parts of the validation split: `count` images to score schedules with
-        (at most half of the split), the rest to choose between tickets."""
+    def validation_parts(self, score: int, final: int, seed: int) -> tuple[Split, Split, Split]:
+        """Of the validation split: `score` images to score schedules with, those and `final` more
+        to choose among the best, and the rest, which neither saw. Each of the first two takes at
+        most half of what is left."""
         order = torch.randperm(len(self.validation), generator=torch.Generator().manual_seed(seed))
-        count = min(count, len(order) // 2)
-        return self.validation.take(order[:count]), self.validation.take(order[count:])
+        score = min(score, len(order) // 2)
+        final = score + min(final, (len(order) - score) // 2)
+        parts = (order[:score], order[:final], order[final:])
+        return tuple(self.validation.take(part) for part in parts)  # type: ignore[return-value]
 
 
 def _splits(

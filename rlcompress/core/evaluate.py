@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,9 +30,18 @@ from rlcompress.core.cost import CostModel
 from rlcompress.core.fitted import network_of
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.measure import compare
+from rlcompress.core.prefix import FittedLayer, Prefix, Step
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import attach_fake_quant, fake_quantize, scale_of, unexplained
-from rlcompress.core.reconstruct import Fit, Positions, patches, refit, sample_positions
+from rlcompress.core.reconstruct import (
+    RIDGES,
+    Fit,
+    Positions,
+    enough_positions,
+    patches,
+    refit,
+    sample_positions,
+)
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule
 from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.trace import TraceError
@@ -67,57 +76,6 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
             fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
         precision = "bfloat16" if fast else "float32"
     return getattr(torch, precision)
-
-
-@dataclass(frozen=True)
-class FittedLayer:
-    """A layer as the evaluator left it: cut and refitted floats, scales, and the statistics of
-    the batch norm that it absorbs."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scale_O: torch.Tensor | None
-    mean_O: torch.Tensor | None = None
-    variance_O: torch.Tensor | None = None
-
-
-@dataclass
-class Prefix:
-    """A partly compressed network: the choices so far and what later layers need.
-
-    live         activations (an incremental evaluator's own keys)
-    unexplained  one number in [0, 1] a layer done: share of its outputs' variance that the
-                 dense outputs keep to themselves (mean over surviving channels)
-    fitted       what each layer became, where it was asked for;  norms  statistics (mean,
-                 variance) of the batch norms that no layer absorbs
-    """
-
-    choices: tuple[tuple[float, int], ...]
-    live: dict[Any, torch.Tensor]
-    kept: dict[str, np.ndarray]
-    unexplained: tuple[float, ...]
-    fitted: dict[str, FittedLayer] = field(default_factory=dict)
-    norms: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def nbytes(self) -> int:
-        tensors = [t for t in self.live.values() if isinstance(t, torch.Tensor)]
-        if self.fitted:
-            tensors.append(next(reversed(self.fitted.values())).weight)  # the others are shared
-        storages = {t.untyped_storage().data_ptr(): t for t in tensors}
-        return sum(t.untyped_storage().nbytes() for t in storages.values())
-
-
-@dataclass(frozen=True)
-class Step:
-    """One layer done: what it puts out, its parameters, and its unexplained share.
-
-    centre_O  what was subtracted from the output, for the batch norm behind it to give back
-    """
-
-    y: torch.Tensor
-    fitted: FittedLayer
-    residue: float
-    centre_O: torch.Tensor | None = None
 
 
 class Evaluator(ABC):
@@ -170,6 +128,8 @@ class Evaluator(ABC):
         self._targets: dict[str, tuple[Positions, torch.Tensor]] = {}
         #: Refits by the choices that led to them; the layer's own choice changes none.
         self._fits: ByteCache[Fit] = ByteCache(0)
+        self._ridges: dict[str, tuple[float, ...]] = {}
+        self._choosing: dict[str, tuple[float, ...]] | None = None
 
     # --- the pass ----------------------------------------------------------------------------
 
@@ -266,7 +226,8 @@ class Evaluator(ABC):
     def _aim(self, call: Call, y: torch.Tensor) -> None:
         """Remembers what the dense network puts out at sampled positions."""
         lead = self._lead(len(y))
-        at = sample_positions(call, y.shape, lead, self._positions_wanted, self._generator)
+        count = enough_positions(call.weight[0].numel(), self._positions_wanted)
+        at = sample_positions(call, y.shape, lead, count, self._generator)
         self._targets[call.name] = (at, at.outputs(y).clone())
 
     def _step(
@@ -307,7 +268,10 @@ class Evaluator(ABC):
         if self.recovery == "reconstruct" and not untouched and len(at.n_P):
             fit = self._fits.get(before) if before is not None else None
             if fit is None:
-                fit = refit(patches(call, at, conv_groups).float(), target_PO, weight)
+                ridges = self._ridges.get(layer.name, RIDGES)
+                fit = refit(patches(call, at, conv_groups).float(), target_PO, weight, ridges)
+                if self._choosing is not None:
+                    self._choosing[layer.name] = (float(fit.ridge_G.median()) or RIDGES[0],)
                 if before is not None:
                     self._fits.put(before, fit)
             weight = fit.weight
@@ -367,12 +331,12 @@ class Evaluator(ABC):
         self._dense_logits = logits
         self.dense = self._measure(Schedule(), logits[self.fit_count :])
 
-
-def touched(prefix: Prefix) -> bool:
-    """Whether anything has been cut or quantized yet."""
-    return any(bits != FULL_PRECISION for _, bits in prefix.choices) or not all(
-        mask.all() for mask in prefix.kept.values()
-    )
+    def _choose_ridges(self) -> None:
+        """Settles each layer's ridge on one middling schedule: a candidate tries no others."""
+        if self.recovery == "reconstruct":
+            self._choosing = {}
+            self.run(self.network.uniform(0.5, FULL_PRECISION))
+            self._ridges, self._choosing = self._choosing, None
 
 
 def build_evaluator(

@@ -61,6 +61,14 @@ class JsonLines:
         self.close()
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a file that `JsonLines` wrote; [] without a file."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 def read_archive(path: Path) -> list[Record]:
     """All whole lines of an archive; [] without a file. Raises UserError on a damaged line."""
     if not path.exists():

@@ -14,7 +14,8 @@ from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import Schedule
 
 if TYPE_CHECKING:
-    from rlcompress.core.evaluate import Evaluator, FittedLayer, Prefix
+    from rlcompress.core.evaluate import Evaluator
+    from rlcompress.core.prefix import FittedLayer, Prefix
 
 
 @dataclass

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from rlcompress.core.cache import ByteCache
 from rlcompress.core.calls import Call, LayerCalls
-from rlcompress.core.evaluate import Evaluator, Prefix, Step, touched
+from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.graph import Layer, Network, kept_mask
+from rlcompress.core.prefix import Prefix, Step, touched
 from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import FULL_PRECISION
 from rlcompress.core.trace import trace
@@ -55,7 +56,6 @@ class IncrementalEvaluator(Evaluator):
     ) -> None:
         self._fx = trace(model, fit[:1], network.layers)
         super().__init__(model, network, fit, *data, **options)
-        self._fits = ByteCache(cache_bytes // 4)
         self.cache: ByteCache[Prefix] = ByteCache(cache_bytes - cache_bytes // 4)
         self._modules = dict(self._fx.named_modules())
         self._norms = {norm.name: norm for norm in network.norms}
@@ -71,6 +71,9 @@ class IncrementalEvaluator(Evaluator):
             batch = batch.to(self.dtype)
             start = self._run_nodes(self._segments[0], {}, lambda node: batch)
             self._start = Prefix((), start, {}, ())
+        self._choose_ridges()
+        self.cache = ByteCache(self.cache.max_bytes)
+        self._fits = ByteCache(cache_bytes // 4)
 
     # --- structure -------------------------------------------------------------------------
 

@@ -36,12 +36,12 @@ def front(items: Sequence[T], cost: Callable[[T], tuple[float, float]]) -> list[
     return [items[i] for i in kept]
 
 
-def archive_front(records: Iterable[Record]) -> list[Record]:
-    """Front of (bytes, KL to the dense network), both minimised.
+def archive_front(records: Iterable[Record], score: str = "kl") -> list[Record]:
+    """Front of (bytes, error), both minimised; `score` is one of `schedule.SCORES`.
 
-    KL, not accuracy: accuracy on a few hundred images saturates and ties.
+    By default KL, not accuracy: accuracy on a few hundred images saturates and ties.
     """
-    return front(list(records), lambda r: (r.measurement.bytes, r.measurement.kl))
+    return front(list(records), lambda r: (r.measurement.bytes, r.measurement.error(score)))
 
 
 def ticket_rank(ticket: Mapping[str, Any]) -> tuple[bool, float]:

@@ -50,10 +50,12 @@ class Bundle:
     weights: Mapping[str, np.ndarray]
     fit_NCHW: np.ndarray
     score_NCHW: np.ndarray
-    labels_N: np.ndarray
+    labels_N: np.ndarray | None
     estimates: Estimates
     recovery: str
+    score: str
     positions: int
+    precision: str
     cache_bytes: int
     seed: int
     device: str = "auto"
@@ -75,16 +77,17 @@ class Bundle:
             self.network,
             torch.tensor(self.fit_NCHW, device=device),
             torch.tensor(self.score_NCHW, device=device),
-            torch.tensor(self.labels_N, device=device),
+            None if self.labels_N is None else torch.tensor(self.labels_N, device=device),
             self.estimates,
             recovery=self.recovery,
             positions=self.positions,
+            precision=self.precision,
             cache_bytes=self.cache_bytes,
             seed=self.seed,
         )
         refitted = self.recovery == "reconstruct"
         prior = Prior(self.network, self.estimates, evaluator.costs, refitted=refitted)
-        return Problem(evaluator, prior)
+        return Problem(evaluator, prior, self.score)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Problem:
 
     evaluator: Evaluator
     prior: Prior
+    score: str = "kl"
 
     @property
     def network(self) -> Network:
@@ -128,11 +132,14 @@ def make_bundle(
     ref: ModelRef,
     network: Network,
     fit: Split,
-    score: Split,
+    scored: Split,
     estimates: Estimates,
     *,
     recovery: str = "reconstruct",
+    score: str = "kl",
+    use_labels: bool = True,
     positions: int = 2048,
+    precision: str = "float32",
     cache_bytes: int = 256 * 2**20,
     seed: int = 0,
     device: str = "auto",
@@ -143,11 +150,13 @@ def make_bundle(
         network=network,
         weights={n: t.detach().cpu().contiguous().numpy() for n, t in model.state_dict().items()},
         fit_NCHW=fit.images().numpy(),
-        score_NCHW=score.images().numpy(),
-        labels_N=score.labels_N.numpy(),
+        score_NCHW=scored.images().numpy(),
+        labels_N=scored.labels_N.numpy() if use_labels else None,
         estimates=estimates,
         recovery=recovery,
+        score=score,
         positions=positions,
+        precision=precision,
         cache_bytes=cache_bytes,
         seed=seed,
         device=device,

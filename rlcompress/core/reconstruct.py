@@ -24,13 +24,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from rlcompress.core.calls import Call
 from rlcompress.core.quant import fake_quantize
 
 #: Shares of the mean diagonal. Of nearly equal ones the first is as good as any.
 RIDGES = (1.0, 0.1, 0.01)
+#: Positions of a layer: beyond them the error of the estimate is a few percent of the error left.
+LEAST, PER_INPUT = 512, 16
 HELD_OUT = 4  # one position of so many
 #: Blocks that a layer's inputs are rounded in; small groups of inputs go one by one.
 BLOCKS = 16
@@ -55,6 +56,11 @@ class Positions:
         return y.reshape(-1, y.shape[-1])[self.row_P]
 
 
+def enough_positions(fan: int, most: int) -> int:
+    """How many positions a layer of `fan` inputs needs: `PER_INPUT` for each, `LEAST` at least."""
+    return min(most, max(LEAST, PER_INPUT * fan))
+
+
 def sample_positions(
     call: Call, y_shape: torch.Size, lead: int, count: int, generator: torch.Generator
 ) -> Positions:
@@ -76,12 +82,16 @@ def patches(call: Call, at: Positions, groups: int) -> torch.Tensor:
         return x.reshape(-1, x.shape[-1])[at.row_P].unsqueeze(1)
     (kh, kw), (sh, sw) = window.kernel, window.stride
     (ph, pw), (dh, dw) = window.padding, window.dilation
-    if ph or pw:
-        x = F.pad(x, (pw, pw, ph, ph))
-    rows = at.row_P[:, None, None] * sh + torch.arange(kh)[None, :, None] * dh
-    cols = at.col_P[:, None, None] * sw + torch.arange(kw)[None, None, :] * dw
+    rows = at.row_P[:, None, None] * sh + torch.arange(kh)[None, :, None] * dh - ph
+    cols = at.col_P[:, None, None] * sw + torch.arange(kw)[None, None, :] * dw - pw
+    height, width = x.shape[2:]
     # NHWC memory makes this a gather of contiguous channel vectors.
-    patch_PhwC = x.permute(0, 2, 3, 1)[at.n_P[:, None, None], rows, cols]
+    patch_PhwC = x.permute(0, 2, 3, 1)[
+        at.n_P[:, None, None], rows.clamp(0, height - 1), cols.clamp(0, width - 1)
+    ]
+    if ph or pw:
+        inside_Phw = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
+        patch_PhwC = patch_PhwC * inside_Phw.unsqueeze(-1).to(x)
     count, channels = patch_PhwC.shape[0], patch_PhwC.shape[-1]
     patch = patch_PhwC.reshape(count, kh * kw, groups, channels // groups)
     return patch.permute(0, 2, 3, 1).reshape(count, groups, -1)
@@ -92,13 +102,17 @@ class Fit:
 
     weight    the layer's shape;  mean_GD  its inputs' means
     gram_GDD  X'X of the centred inputs: what rounding is weighed with. None where there are
-              more inputs than positions
+              more inputs than positions;  ridge_G  the ridges chosen, 0 where the weights stayed
     """
 
     def __init__(
-        self, weight: torch.Tensor, mean_GD: torch.Tensor, gram_GDD: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        mean_GD: torch.Tensor,
+        gram_GDD: torch.Tensor | None,
+        ridge_G: torch.Tensor,
     ) -> None:
-        self.weight, self.mean_GD = weight, mean_GD
+        self.weight, self.mean_GD, self.ridge_G = weight, mean_GD, ridge_G
         self._gram_GDD = gram_GDD
         self._order: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -146,18 +160,22 @@ class Fit:
         if self._order is None:
             gram = self._gram_GDD
             diagonal_GD = gram.diagonal(dim1=1, dim2=2)
-            order_GD = diagonal_GD.argsort(dim=1, descending=True)
-            fan = order_GD.shape[1]
-            gram = gram.gather(1, order_GD.unsqueeze(2).expand(-1, -1, fan))
-            gram = gram.gather(2, order_GD.unsqueeze(1).expand(-1, fan, -1))
+            backwards_GD = diagonal_GD.argsort(dim=1)
+            fan = backwards_GD.shape[1]
+            gram = gram.gather(1, backwards_GD.unsqueeze(2).expand(-1, -1, fan))
+            gram = gram.gather(2, backwards_GD.unsqueeze(1).expand(-1, fan, -1))
             damp_G = DAMPING * diagonal_GD.mean(1) + 1e-8
             gram.diagonal(dim1=1, dim2=2).add_(damp_G[:, None])
-            lower, info = torch.linalg.cholesky_ex(gram)
-            upper, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if bool(info.any()) or bool(again.any()) or not bool(torch.isfinite(upper).all()):
+            # Backwards, X'X = L L'; turned round, L becomes upper, and U its inverse.
+            lower_GDD, info = torch.linalg.cholesky_ex(gram)
+            eye = torch.eye(fan, dtype=gram.dtype, device=gram.device)
+            upper_GDD = torch.linalg.solve_triangular(
+                lower_GDD.flip(1, 2), eye.expand_as(gram), upper=True
+            )
+            if bool(info.any()) or not bool(torch.isfinite(upper_GDD).all()):
                 self._gram_GDD = None
                 return None
-            self._order = order_GD, upper
+            self._order = backwards_GD.flip(1), upper_GDD
         return self._order
 
 
@@ -209,7 +227,7 @@ def refit(
         change_GDo = everything.solve(torch.where(ridge_G > 0, ridge_G, ridges[0]))
         if change_GDo is not None:
             w_GDo = w_GDo + change_GDo * (ridge_G > 0)[:, None, None]
-    return Fit(w_GDo.transpose(1, 2).reshape(weight.shape), mean_GD, gram)
+    return Fit(w_GDo.transpose(1, 2).reshape(weight.shape), mean_GD, gram, ridge_G)
 
 
 @dataclass(frozen=True)

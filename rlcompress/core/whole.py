@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from rlcompress.core.calls import Call, LayerCalls, layer_weights
-from rlcompress.core.evaluate import Evaluator, FittedLayer, Prefix, Step
+from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.graph import kept_mask
+from rlcompress.core.prefix import FittedLayer, Prefix, Step
 from rlcompress.core.prune import cut
 from rlcompress.core.quant import fake_quantize
 from rlcompress.core.reading import NORMS
@@ -43,6 +44,7 @@ class WholeEvaluator(Evaluator):
 
         with torch.inference_mode(), LayerCalls(self._weights, handle):
             self._dense_done(self._model(self._batch))
+        self._choose_ridges()
 
     def begin(self) -> Prefix:
         return Prefix((), {}, {}, ())

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
 from rlcompress.core.cost import CostModel
+from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.files import save_json
 from rlcompress.core.schedule import Schedule
-from rlcompress.core.tensors import save_tensors
+from rlcompress.core.tensors import load_tensors, save_tensors
 from rlcompress.core.train import Recipe, logits_of, measure, train
 from rlcompress.live import stage
 from rlcompress.spec import spec_hash
@@ -17,7 +24,8 @@ from rlcompress.stages.workspace import DENSE_INPUTS, Workspace
 
 
 def train_dense(run: Workspace) -> dict[str, Any]:
-    """Trains the dense network, or finds it; its metrics."""
+    """Trains the dense network, loads `dense.weights`, or finds it; its metrics. Loaded weights are
+    their own rewind point: an earlier one is not known."""
     e, folder = run.experiment, run.folder / "dense"
     inputs = spec_hash(e, *DENSE_INPUTS)
     path = folder / "metrics.json"
@@ -26,16 +34,19 @@ def train_dense(run: Workspace) -> dict[str, Any]:
         if metrics["inputs"] == inputs:
             return metrics
         run.set_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
+    begun, d = time.monotonic(), e.dense
     model = run.ref.build(e.seed)
-    save_tensors(folder / "init.safetensors", model.state_dict())
-    if e.dense.rewind_epoch == 0:
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if d.weights:
+        _load(model, Path(d.weights))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "init.safetensors", initial)
+    if d.weights or d.rewind_epoch == 0:
         save_tensors(folder / "rewind.safetensors", model.state_dict())
     model.to(run.device)
-    d = e.dense
     recipe = Recipe(d.epochs, d.batch_size, d.lr, d.weight_decay, d.label_smoothing, d.augment)
-    selection, checkpoint = run.splits[1], folder / "checkpoint.safetensors"
+    selection, checkpoint = run.splits[2], folder / "checkpoint.safetensors"
+    curve: list[dict[str, Any]] = []
     with stage("dense", d.epochs) as shown:
 
         def on_epoch(epoch: int, row: dict[str, Any]) -> None:
@@ -46,16 +57,17 @@ def train_dense(run: Workspace) -> dict[str, Any]:
                 f"loss {row['loss']:.3f}  validation {row['validation_accuracy']:.1%}",
             )
 
-        curve = train(
-            model,
-            run.data.train,
-            recipe,
-            seed=e.seed,
-            validation=selection,
-            checkpoint=checkpoint,
-            key=inputs,
-            on_epoch=on_epoch,
-        )
+        if not d.weights:
+            curve = train(
+                model,
+                run.data.train,
+                recipe,
+                seed=e.seed,
+                validation=selection,
+                checkpoint=checkpoint,
+                key=inputs,
+                on_epoch=on_epoch,
+            )
     save_tensors(folder / "trained.safetensors", model.state_dict())
     logits = logits_of(model, selection)
     cost = CostModel(run.structure).cost(Schedule())
@@ -67,5 +79,18 @@ def train_dense(run: Workspace) -> dict[str, Any]:
         "validation": measure(model, selection, logits, cost).to_dict(),
     }
     save_json(path, metrics)
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     return metrics
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """A user's weights, in place; nothing in the file is executed. Raises UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            state, _ = load_tensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, TypeError) as error:
+        raise UserError(f"dense.weights = {path}: {first_line(error)}") from error
+    model.eval()

@@ -14,7 +14,6 @@ from torch import nn
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.files import save_json
-from rlcompress.core.pareto import archive_front
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import (
     ARMS,
@@ -27,29 +26,23 @@ from rlcompress.core.ticket import (
     starts,
 )
 from rlcompress.core.train import Checkpoint, Recipe, logits_of, measure
-from rlcompress.live import console, stage
+from rlcompress.live import stage
+from rlcompress.stages.finals import finals
 from rlcompress.stages.workspace import Workspace
 
 
 def winners(run: Workspace, records: list[Record]) -> list[Record]:
-    """The densest schedules at the accuracy floor: `ticket.top` of the searcher, one of the
-    baseline `uniform`. Without one at the floor, the most faithful one."""
+    """The best finalists: `ticket.top` of the searcher, one of the baseline `uniform`."""
     e = run.experiment
-    floor = run.problem.dense.accuracy - e.ticket.floor / 100
     wanted = {e.search.searcher: e.ticket.top}
     if "uniform" in e.search.baselines:
         wanted.setdefault("uniform", 1)
     chosen = []
     for name, count in wanted.items():
-        mine = archive_front(r for r in records if r.searcher == name)
+        mine = [r for r in records if r.searcher == name]
         if not mine and name == e.search.searcher:
             raise UserError(f"{run.folder}: {name} has measured nothing yet; {run.next('search')}")
-        feasible = [r for r in mine if r.measurement.accuracy >= floor]
-        feasible.sort(key=lambda r: -r.measurement.density)
-        if not feasible and mine:
-            console.print(f"{name}: no schedule within {e.ticket.floor} points; taking its best")
-            feasible = [min(mine, key=lambda r: r.measurement.kl)]
-        chosen += feasible[:count]
+        chosen += finals(run, name, mine)[:count]
     return chosen
 
 
@@ -76,7 +69,7 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
 
     dense = run.network("trained").to(run.device)
     recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=t.distill)
-    lesson = Lesson.of(run.data.train, run.splits[1], recipe, e.seed, dense, e.device)
+    lesson = Lesson.of(run.data.train, run.splits[2], recipe, e.seed, dense, e.device)
     evaluator = _evaluator(run, dense)
     epochs: dict[tuple[Path, str], int] = {}
     with stage("tickets", len(wanted) * (len(ARMS) - 1) * t.epochs) as shown:
@@ -116,10 +109,11 @@ def _evaluator(run: Workspace, dense: nn.Module) -> Evaluator:
         run.structure,
         fit.images().to(run.device),
         score.images().to(run.device),
-        score.labels_N.to(run.device),
+        score.labels_N.to(run.device) if e.calibration.labels else None,
         run.bundle.estimates,
         recovery=e.search.recovery,
         positions=2 * e.calibration.positions,
+        precision=e.search.precision,
         cache_bytes=0,
         seed=e.seed,
     )
@@ -155,7 +149,7 @@ def _judge(
     evaluator: Evaluator,
 ) -> dict[str, Any]:
     """Chooses the arm to export by validation, tests all and writes the ticket."""
-    e, selection = run.experiment, run.splits[1]
+    e, selection = run.experiment, run.splits[2]
     dense_logits = logits_of(dense, selection)
     cost = evaluator.costs.cost(record.schedule)
     chosen = {name: measure(arms[name].model, selection, dense_logits, cost) for name in ARMS}

@@ -119,10 +119,11 @@ class Workspace:
         return build_network(self.ref.build(e.seed), self.ref.example(), round_to=e.search.round_to)
 
     @functools.cached_property
-    def splits(self) -> tuple[Split, Split]:
-        """The validation images that score schedules, and those that choose tickets."""
-        calibration = self.experiment.calibration
-        return self.data.score_and_selection(calibration.score_images, self.experiment.seed)
+    def splits(self) -> tuple[Split, Split, Split]:
+        """The validation images that score schedules, those that score finalists (the first among
+        them), and those that choose tickets."""
+        c = self.experiment.calibration
+        return self.data.validation_parts(c.score_images, c.final_images, self.experiment.seed)
 
     @property
     def fit(self) -> Split:
@@ -151,7 +152,10 @@ class Workspace:
             self.splits[0],
             estimates,
             recovery=e.search.recovery,
+            score=e.search.score,
+            use_labels=e.calibration.labels,
             positions=e.calibration.positions,
+            precision=e.search.precision,
             cache_bytes=e.search.cache_mb * 2**20,
             seed=e.seed,
             device=e.device,

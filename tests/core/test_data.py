@@ -44,12 +44,16 @@ def test_images_are_normalised_by_the_train_split(data):
     assert (data.test.mean, data.test.std) == (data.train.mean, data.train.std)
 
 
-@pytest.mark.parametrize(("asked", "given"), [(100, 100), (399, 200)])
-def test_score_and_selection_share_no_image(data, asked, given):
-    score, selection = data.score_and_selection(asked, seed=1)
-    assert len(score) == given
-    assert not images_of(score) & images_of(selection)
-    assert images_of(score) | images_of(selection) == images_of(data.validation)
+@pytest.mark.parametrize(
+    ("score", "final", "given"),
+    [(100, 50, (100, 150)), (399, 0, (200, 200)), (200, 999, (200, 300))],
+)
+def test_validation_parts_share_no_image_but_the_finals_hold_the_score(data, score, final, given):
+    first, second, rest = data.validation_parts(score, final, seed=1)
+    assert (len(first), len(second)) == given
+    assert images_of(first) <= images_of(second)
+    assert not images_of(second) & images_of(rest)
+    assert images_of(second) | images_of(rest) == images_of(data.validation)
 
 
 def test_samples_are_seeded_and_without_repetition(data):
