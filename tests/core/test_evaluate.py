@@ -185,3 +185,42 @@ def test_logits_that_are_not_finite_are_the_worst_there_is(broken):
     _, loss, kl = compare(logits, dense, labels)
     assert loss == kl == WORST
     assert compare(dense, dense, labels)[2] == 0
+
+
+@pytest.mark.parametrize("recovery", ["bn", "reconstruct"])
+def test_low_precision_says_nearly_the_same(make_evaluator, trained, uniform, score, recovery):
+    schedule = uniform(0.6, 4)
+    exact = make_evaluator(recovery=recovery).evaluate(schedule)
+    rough_evaluator = make_evaluator(recovery=recovery, precision="bfloat16")
+    rough = rough_evaluator.evaluate(schedule)
+    assert rough.kl == pytest.approx(exact.kl, rel=0.2)
+    assert rough.bytes == exact.bytes
+    # What it fitted is a network of its own, in full precision.
+    small = fitted_network(trained.model, rough_evaluator, schedule)
+    with torch.no_grad():
+        dense, logits = trained.model(score.images()), small.model(score.images())
+    assert compare(logits, dense, score.labels_N)[2] == pytest.approx(exact.kl, rel=0.2)
+
+
+def test_training_steps_recover_more_than_batch_norms(make_evaluator, uniform):
+    schedule = uniform(0.6, 3)
+    kl = {
+        recovery: make_evaluator(recovery=recovery).evaluate(schedule).kl
+        for recovery in ("bn", "steps:1", "steps:30")
+    }
+    assert kl["steps:30"] < kl["bn"] / 1.5
+    assert kl["steps:30"] < kl["steps:1"]
+
+
+@pytest.mark.parametrize("recovery", ["steps:0", "steps:", "step:3", "full"])
+def test_unknown_recoveries_are_refused(make_evaluator, recovery):
+    with pytest.raises(ValueError, match="allowed: none, bn, reconstruct, steps:K"):
+        make_evaluator(recovery=recovery)
+
+
+def test_without_labels_the_dense_network_is_the_judge(make_evaluator, uniform):
+    evaluator = make_evaluator(labels=None)
+    assert evaluator.dense.accuracy == 1.0
+    measured = evaluator.evaluate(uniform(0.6, 4))
+    assert measured.accuracy < 1.0
+    assert measured.kl == make_evaluator().evaluate(uniform(0.6, 4)).kl
