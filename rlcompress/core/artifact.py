@@ -1,15 +1,12 @@
 """The packed artifact: a safetensors file in which b-bit weights take b bits.
 
-One tensor, `data` (uint8), holds everything in a row: layer by layer in forward order packed
-codes, scales, biases (the sizes are in `cost.py`); then the batch norms that no layer absorbs; then
-every other float tensor, in the order of the state dict. The safetensors metadata holds a manifest
-(JSON): how to build the network, the shape, bits and exponents of every layer, and the SHA-256 of
-itself and `data`. It is padded so that the header's length is a constant of the network. Integer
-buffers are left to the network's constructor.
+Its data (`layout.py`) hold the records, then everything in a row: layer by layer in forward order
+packed codes, scales, biases (the sizes are in `cost.py`); then the batch norms that no layer
+absorbs; then every other float tensor, in the order of the state dict. Integer buffers are left to
+the network's constructor.
 
-Batch norms are folded: y = gamma (W x + b - mu) / sigma + beta gives scale * gamma / sigma and
-one bias a channel. Scales and biases are float16 under one power-of-two exponent a vector, so
-their relative error stays below 2^-11 whatever their range.
+Batch norms are folded: y = gamma (W x + b - mu) / sigma + beta gives |gamma| / sigma x scale, the
+sign of gamma in the codes, and one bias a channel. Scales and biases take a byte each (`codec.py`).
 
 Loading runs no code from the file; the network's class comes from the installed package that
 the manifest names, and nothing is allocated before lengths and shapes agree.
@@ -17,8 +14,6 @@ the manifest names, and nothing is allocated before lengths and shapes agree.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -27,29 +22,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as save_safetensors
 from torch import nn
 
-from rlcompress.core.codec import pack_codes, pack_float, pack_half, unpack_codes, unpack_half
-from rlcompress.core.cost import header_bytes
-from rlcompress.core.errors import UserError
+from rlcompress.core.codec import (
+    pack_biases,
+    pack_codes,
+    pack_float,
+    pack_scales,
+    unpack_biases,
+    unpack_codes,
+    unpack_scales,
+)
+from rlcompress.core.cost import BIAS_BYTES, FLOAT_BYTES, SCALE_BYTES
 from rlcompress.core.fold import fold
 from rlcompress.core.graph import Network
+from rlcompress.core.layout import ArtifactError, LayerRecord, NormRecord, Table, seal, unseal
 from rlcompress.core.models import BUILT_IN, build_model
 from rlcompress.core.prune import resize
 from rlcompress.core.quant import encode, float_weight, learned_scales
 from rlcompress.core.reading import NORMS, rest_of
 from rlcompress.core.schedule import FULL_PRECISION, MAX_BITS, MIN_BITS
 
-FORMAT = "rlcompress/2"
-MAX_FILE_BYTES = 2**31
 #: Of a network whose constructor must run for real.
 MAX_DENSE_NUMBERS = 2**30
-
-
-class ArtifactError(UserError):
-    """The file is not an artifact, or not intact."""
 
 
 @dataclass(frozen=True)
@@ -94,87 +89,41 @@ def pack(
     modules = dict(model.named_modules())
     place = {name: i for i, name in enumerate(network.modules)}
     pieces: list[bytes] = []
-    layers: list[list[int]] = []
+    layers: list[LayerRecord] = []
     for name, layer in network.layers.items():
         module = modules[name]
         norm = modules[layer.batch_norm] if layer.batch_norm else None
         factor, bias = fold(module, norm)
         weight = float_weight(module)
-        layer_bits = bits.get(name, FULL_PRECISION)
-        shifts = [0, 0]
-        if layer_bits == FULL_PRECISION:
-            folded = weight.double().cpu().numpy() * factor.reshape(-1, *[1] * (weight.dim() - 1))
-            pieces.append(pack_float(folded, name))
+        column = (-1, *[1] * (weight.dim() - 1))
+        width = bits.get(name, FULL_PRECISION)
+        spacing, top, step = 0, 0, 0
+        if width == FULL_PRECISION:
+            pieces.append(pack_float(weight.double().cpu().numpy() * factor.reshape(column), name))
             if bias is not None:
                 pieces.append(pack_float(bias, name))
         else:
             scale = scales[name].to(weight)
-            codes = encode(weight, scale, layer_bits).cpu().numpy()
-            pieces.append(pack_codes(codes, layer_bits))
-            data, shifts[0] = pack_half(scale.double().cpu().numpy() * factor, name)
+            codes = encode(weight, scale, width).cpu().numpy()
+            pieces.append(pack_codes(np.where(factor.reshape(column) < 0, -codes, codes), width))
+            data, top, spacing = pack_scales(scale.double().cpu().numpy() * np.abs(factor), name)
             pieces.append(data)
             if bias is not None:
-                data, shifts[1] = pack_half(bias, name)
+                data, step = pack_biases(bias, name)
                 pieces.append(data)
         absorbed = place[layer.batch_norm] if layer.batch_norm else -1
         out, fan = weight.shape[:2]
-        layers.append([place[name], out, fan, layer_bits, *shifts, absorbed])
+        layers.append(LayerRecord(place[name], absorbed, out, fan, width, spacing, top, step))
     norms = []
     for free in network.norms:
         norm = modules[free.name]
         pieces += [pack_float(getattr(norm, t), free.name) for t in _float_names(norm)]
-        norms.append([place[free.name], norm.num_features])  # type: ignore[union-attr]
+        norms.append(NormRecord(place[free.name], norm.num_features))  # type: ignore[union-attr, arg-type]
     state = model.state_dict()
     pieces += [pack_float(state[name], name) for name in network.rest]
-    data = b"".join(pieces)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "model": [ref.factory, dict(ref.args), ref.num_classes, list(ref.input_shape)],
-        "layers": layers,
-        "norms": norms,
-        "unused": [place[name] for name in network.unused],
-    }
-    manifest["sha256"] = _digest(manifest, data)
-    text = json.dumps(manifest, separators=(",", ":"))
-    room = header_bytes(network)
-    tensors = {"data": np.frombuffer(data, np.uint8)}
-    spare = room - (len(save_safetensors(tensors, metadata={"rlcompress": text})) - len(data))
-    if spare < 0:
-        raise UserError(f"model args {dict(ref.args)} do not fit the artifact's header")
-    packed = save_safetensors(tensors, metadata={"rlcompress": text + " " * spare})
-    assert len(packed) == room + len(data)
-    return packed
-
-
-def _digest(manifest: Mapping[str, Any], data: bytes) -> str:
-    """SHA-256 of a manifest (but for its own `sha256`) and the data behind it."""
-    plain = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(plain, separators=(",", ":")).encode() + data).hexdigest()
-
-
-def _manifest(path: Path) -> tuple[dict[str, Any], bytes]:
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ArtifactError(f"{path}: {size} bytes; an artifact has at most {MAX_FILE_BYTES}")
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if list(file.keys()) != ["data"]:
-                raise ArtifactError(f"{path}: not an rlcompress artifact (tensors: {file.keys()})")
-            data = file.get_tensor("data")
-        manifest = json.loads(metadata["rlcompress"])
-    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError, OSError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"{path}: not an intact rlcompress artifact: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: not in format {FORMAT}")
-    if data.dtype != np.uint8 or data.ndim != 1:
-        raise ArtifactError(f"{path}: `data` must be one row of uint8")
-    raw = data.tobytes()
-    if _digest(manifest, raw) != manifest.get("sha256"):
-        raise ArtifactError(f"{path}: the content does not match its SHA-256: the file is damaged")
-    return manifest, raw
+    table = Table(tuple(layers), tuple(norms), tuple(place[name] for name in network.unused))
+    built = [ref.factory, dict(ref.args), ref.num_classes, list(ref.input_shape)]
+    return seal(built, table.pack() + b"".join(pieces))
 
 
 def _float_names(norm: nn.Module) -> list[str]:
@@ -182,22 +131,9 @@ def _float_names(norm: nn.Module) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A layer's line in the manifest; `out` and `fan` are its weight's first two dimensions."""
-
-    module: int
-    out: int
-    fan: int
-    bits: int
-    scale_exponent: int
-    bias_exponent: int
-    norm: int
-
-
-@dataclass(frozen=True)
 class Artifact:
     """What a file holds: the network (eval mode, float32, batch norms folded) and, for the layers
-    below 32 bits, bits and scale_O: their weights are integer codes x scale_O."""
+    below 32 bits, bits and scale_O >= 0: their weights are integer codes x scale_O."""
 
     model: nn.Module
     bits: Mapping[str, int]
@@ -218,7 +154,7 @@ def load_artifact(path: Path | str, *, trust: Collection[str] = ()) -> nn.Module
 def read_artifact(path: Path | str, *, trust: Collection[str] = ()) -> Artifact:
     """`load_artifact`, with bits and scales."""
     path = Path(path)
-    manifest, data = _manifest(path)
+    manifest, data = unseal(path)
     try:
         with torch.inference_mode(False):  # plain tensors, wherever it is called from
             factory, args, num_classes, input_shape = manifest["model"]
@@ -228,20 +164,17 @@ def read_artifact(path: Path | str, *, trust: Collection[str] = ()) -> Artifact:
                     f"load_artifact(path, trust=[{factory!r}])"
                 )
             ref = ModelRef(str(factory), dict(args), int(num_classes), tuple(map(int, input_shape)))
-            layers = [_Layer(*map(_small_int, line)) for line in manifest["layers"]]
-            norms = [tuple(map(_small_int, line)) for line in manifest["norms"]]
-            unused = [_small_int(i) for i in manifest["unused"]]
+            table, begin = Table.unpack(data)
             # Without memory behind it: what a file asks for may be anything.
             skeleton = _skeleton(ref)
             artifact = None
             if skeleton is not None:
                 dense = sum(parameter.numel() for parameter in skeleton.parameters())
-                artifact = _fill(_shaped(skeleton, layers, norms, unused), layers, norms, data)
+                artifact = _fill(_shaped(skeleton, table), table, data, begin)
                 if dense > MAX_DENSE_NUMBERS and not _whole(artifact.model):
                     raise ValueError(f"it asks for a network of {dense} parameters")
             if artifact is None or not _whole(artifact.model):
-                shaped = _shaped(ref.build(), layers, norms, unused)
-                artifact = _fill(shaped, layers, norms, data)
+                artifact = _fill(_shaped(ref.build(), table), table, data, begin)
     except Exception as error:  # whatever a stranger's manifest makes torch or a factory raise
         if isinstance(error, ArtifactError):
             raise
@@ -255,12 +188,6 @@ def folded(model: nn.Module, network: Network, ref: ModelRef) -> nn.Module:
         path = Path(folder) / "weights.safetensors"
         path.write_bytes(pack(model, network, ref, {}, {}))
         return load_artifact(path, trust=[ref.factory])
-
-
-def _small_int(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > 2**24:
-        raise ValueError(f"{value!r} where a number belongs")
-    return value
 
 
 def _skeleton(ref: ModelRef) -> nn.Module | None:
@@ -293,13 +220,10 @@ class _Shaped:
 
     model: nn.Module
     names: list[str]
-    absorbed: list[int]
 
 
-def _shaped(
-    model: nn.Module, layers: list[_Layer], norms: list[tuple[int, ...]], unused: list[int]
-) -> _Shaped:
-    """Gives the modules of a freshly built network the shapes that the manifest says, in place.
+def _shaped(model: nn.Module, table: Table) -> _Shaped:
+    """Gives the modules of a freshly built network the shapes that the file says, in place.
 
     Raises ValueError if they are not this network's.
     """
@@ -311,9 +235,9 @@ def _shaped(
             raise ValueError(f"module {index} is not a {' or '.join(k.__name__ for k in kinds)}")
         return modules[index]
 
-    if len({layer.module for layer in layers}) < len(layers):
+    if len({layer.module for layer in table.layers}) < len(table.layers):
         raise ValueError("a layer is named twice")
-    for layer in layers:
+    for layer in table.layers:
         module = pick(layer.module, nn.Conv2d, nn.Linear)
         out, fan, *kernel = module.weight.shape  # type: ignore[union-attr]
         if not (1 <= layer.out <= out and 1 <= layer.fan <= fan):
@@ -328,8 +252,8 @@ def _shaped(
             bias = torch.empty(layer.out, device=weight.device)
             module.bias = nn.Parameter(bias, requires_grad=False)
         resize(module)
-    for index, count in norms:
-        norm = pick(index, *NORMS)
+    for record in table.norms:
+        norm, count = pick(record.module, *NORMS), record.channels
         if not 1 <= count <= norm.num_features:  # type: ignore[union-attr, operator]
             raise ValueError(f"{count} channels in a batch norm")
         norm.num_features = count
@@ -337,10 +261,10 @@ def _shaped(
             if tensor.is_floating_point():
                 short = tensor.detach()[:count].clone()
                 setattr(norm, name, nn.Parameter(short) if name in norm._parameters else short)
-    for index in unused:
+    for index in table.unused:
         pick(index)
         model.set_submodule(named[index][0], nn.Identity())
-    return _Shaped(model, [name for name, _ in named], [la.norm for la in layers if la.norm >= 0])
+    return _Shaped(model, [name for name, _ in named])
 
 
 def _put(module: nn.Module, name: str, values: torch.Tensor) -> None:
@@ -349,13 +273,12 @@ def _put(module: nn.Module, name: str, values: torch.Tensor) -> None:
     setattr(module, name, values)
 
 
-def _fill(
-    shaped: _Shaped, layers: list[_Layer], norms: list[tuple[int, ...]], data: bytes
-) -> Artifact:
-    """Reads all tensors. Raises ValueError if the data are longer or shorter than they must be."""
+def _fill(shaped: _Shaped, table: Table, data: bytes, begin: int) -> Artifact:
+    """Reads all tensors, from `begin` on. Raises ValueError if the data are longer or shorter than
+    they must be."""
     model, names = shaped.model, shaped.names
     modules = dict(model.named_modules())
-    view, at = memoryview(data), 0
+    view, at = memoryview(data), begin
 
     def take(length: int) -> bytes:
         nonlocal at
@@ -366,12 +289,12 @@ def _fill(
 
     def floats(module: nn.Module, name: str) -> None:
         shape = getattr(module, name).shape
-        values = np.frombuffer(take(4 * shape.numel()), "<f4").copy()
+        values = np.frombuffer(take(FLOAT_BYTES * shape.numel()), "<f4").copy()
         _put(module, name, torch.from_numpy(values).reshape(shape))
 
     bits: dict[str, int] = {}
     scales: dict[str, torch.Tensor] = {}
-    for layer in layers:
+    for layer in table.layers:
         name = names[layer.module]
         module = modules[name]
         if layer.bits == FULL_PRECISION:
@@ -382,23 +305,25 @@ def _fill(
         shape = module.weight.shape  # type: ignore[union-attr]
         packed = take(-(-shape.numel() * layer.bits // 8))
         codes = unpack_codes(packed, shape.numel(), layer.bits).astype(np.float32)
-        scale_O = torch.from_numpy(unpack_half(take(2 * layer.out), layer.scale_exponent))
+        scale = unpack_scales(take(SCALE_BYTES * layer.out), layer.top, layer.spacing)
+        scale_O = torch.from_numpy(scale)
         column = scale_O.view(-1, *[1] * (len(shape) - 1))
         _put(module, "weight", torch.from_numpy(codes).reshape(shape) * column)
         bits[name], scales[name] = layer.bits, scale_O
         if module.bias is not None:
-            bias = unpack_half(take(2 * layer.out), layer.bias_exponent)
+            bias = unpack_biases(take(BIAS_BYTES * layer.out), layer.step)
             _put(module, "bias", torch.from_numpy(bias))
-    for index in shaped.absorbed:
-        model.set_submodule(names[index], nn.Identity())
-    for index, _ in norms:
-        norm = modules[names[index]]
+    for layer in table.layers:
+        if layer.norm >= 0:
+            model.set_submodule(names[layer.norm], nn.Identity())
+    for record in table.norms:
+        norm = modules[names[record.module]]
         for name in _float_names(norm):
             floats(norm, name)
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked = torch.tensor(0)
-    own_layers = {names[layer.module] for layer in layers}
-    own_norms = {names[index] for index, _ in norms}
+    own_layers = {names[layer.module] for layer in table.layers}
+    own_norms = {names[record.module] for record in table.norms}
     for name in rest_of(model, own_layers, own_norms):
         module_name, _, leaf = name.rpartition(".")
         floats(modules[module_name], leaf)

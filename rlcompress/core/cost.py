@@ -2,14 +2,16 @@
 
 The packed artifact (`artifact.py`) holds, for every layer,
 
+    record    18 bytes: where it belongs, its shape, its bits and what its vectors count in
     weights   ceil(weights x bits / 8) bytes; 4 bytes each at 32 bits
-    scale     2 bytes an output channel (float16 under one exponent a layer), below 32 bits
-    bias      2 bytes an output channel (4 at 32 bits), if the layer has one after its batch
+    scale     1 byte an output channel, below 32 bits
+    bias      1 byte an output channel (4 at 32 bits), if the layer has one after its batch
               norm has been folded in
 
-then 4 bytes for each number of a batch norm that no layer absorbs and of every other float tensor
-(layer norms, embeddings, ...), and a header whose length is a constant of the network
-(`header_bytes`). `bytes` is exactly the file's size.
+then a record of 6 bytes for each batch norm that no layer absorbs and of 2 for each module that
+is left out, and 4 bytes for each number of those norms and of every other float tensor (layer
+norms, embeddings, ...). The header in front and the three counts take 518 bytes. `bytes` is exactly
+the file's size.
 """
 
 from __future__ import annotations
@@ -20,21 +22,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlcompress.core.graph import Link, Network
+from rlcompress.core.layout import HEADER_BYTES, table_bytes
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, performance_density
 
 ACTIVATION_BITS = 32
-_HEADER_BASE, _HEADER_PER_LAYER, _HEADER_PER_NORM = 640, 36, 16
+#: Bytes of one number in the artifact.
+FLOAT_BYTES, SCALE_BYTES, BIAS_BYTES = 4, 1, 1
 
 
 def header_bytes(network: Network) -> int:
-    """Bytes of the artifact's header: room for the manifest, a constant of the network.
+    """Bytes before the first weight: the header and the records, a constant of the network."""
+    norms, unused = len(network.norms), len(network.unused)
+    return HEADER_BYTES + table_bytes(len(network.layers), norms, unused)
 
-    640 bytes, 36 a layer and 16 a batch norm that no layer absorbs (or a module that is
-    left out), rounded up to 64.
-    """
-    more = _HEADER_PER_LAYER * len(network.layers)
-    more += _HEADER_PER_NORM * (len(network.norms) + len(network.unused))
-    return -(-(_HEADER_BASE + more) // 64) * 64
+
+def vector_bytes(bits: np.ndarray | int, biased: np.ndarray | bool) -> np.ndarray:
+    """Bytes of an output channel beside its weights; `biased`: with a bias or a batch norm."""
+    biases = np.asarray(biased, dtype=np.int64)
+    short = SCALE_BYTES + BIAS_BYTES * biases
+    return np.where(np.asarray(bits) == FULL_PRECISION, FLOAT_BYTES * biases, short)
 
 
 @dataclass(frozen=True)
@@ -123,16 +129,13 @@ class CostModel:
     def layer_bytes(self, counts_SG: np.ndarray, bits_SL: np.ndarray) -> np.ndarray:
         """(S, L) bytes of each layer in the artifact."""
         weights_SL, out_SL = self.weights(counts_SG)
-        floats = bits_SL == FULL_PRECISION
-        vectors = np.where(
-            floats, 4 * self._bias_L.astype(np.int64), 2 + 2 * self._bias_L.astype(np.int64)
-        )
+        vectors = vector_bytes(bits_SL, self._bias_L)
         return -(-weights_SL * bits_SL // 8) + out_SL * vectors
 
     def bytes(self, counts_SG: np.ndarray, bits_SL: np.ndarray) -> np.ndarray:
         """(S,) size of the artifact on disk."""
         norm_SN = counts_SG @ self._norm_GN + self._norm_const_N
-        rest_S = 4 * ((norm_SN * self._norm_vectors_N).sum(1) + self.rest)
+        rest_S = FLOAT_BYTES * ((norm_SN * self._norm_vectors_N).sum(1) + self.rest)
         return self.header + self.layer_bytes(counts_SG, bits_SL).sum(1) + rest_S
 
     def cost(self, schedule: Schedule) -> Cost:

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlcompress.core.codec import pack_half, unpack_half
+from rlcompress.core.codec import pack_biases, pack_scales, unpack_biases, unpack_scales
 from rlcompress.core.graph import Network
+from rlcompress.core.quant import encode
 from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import FULL_PRECISION
 
@@ -32,12 +33,6 @@ def fold(module: nn.Module, norm: nn.Module | None) -> tuple[np.ndarray, np.ndar
     return factor.cpu().numpy(), shift.cpu().numpy()
 
 
-def _half(values: torch.Tensor, name: str) -> torch.Tensor:
-    """What `pack_half` makes of them."""
-    packed = pack_half(values.double().cpu().numpy(), name)
-    return torch.from_numpy(unpack_half(*packed)).double()
-
-
 @torch.no_grad()
 def snap(
     model: nn.Module,
@@ -47,29 +42,39 @@ def snap(
 ) -> dict[str, torch.Tensor]:
     """Rounds `model` in place to what an artifact can hold; returns the rounded scale_O.
 
-    After it, packing and loading change nothing but the order of float operations. The batch
-    norms' gamma and beta take up the rounding; without one, the scale and the bias do.
+    model  a cut network, its weights plain floats (no fake quantizer is attached)
+
+    After it, packing and loading change nothing but the order of float operations. Every weight
+    keeps its code; a channel's gain moves by 0.28 % at most where the layer's scales span 2
+    octaves, by 1.1 % where they span 8. Encoded again with the rounded scale, weights between two
+    codes would change sides: at 2 and 4 bits 9 to 110 times the KL, measured. The batch norms'
+    gamma and beta take up the rounding; without one, the scale, the weights and the bias do.
     """
     modules = dict(model.named_modules())
     rounded = dict(scales)
     for name, layer in network.layers.items():
-        if bits.get(name, FULL_PRECISION) == FULL_PRECISION:
+        width = bits.get(name, FULL_PRECISION)
+        if width == FULL_PRECISION:
             continue
         module = modules[name]
         norm = modules[layer.batch_norm] if layer.batch_norm else None
-        factor_np, bias_np = fold(module, norm)
-        factor, scale = torch.from_numpy(factor_np), scales[name].double().cpu()
-        target = _half(scale * factor, name)
-        bias = None if bias_np is None else _half(torch.from_numpy(bias_np), name)
+        factor, bias = fold(module, norm)
+        scale = scales[name].double().cpu()
+        folded = scale * torch.from_numpy(factor).abs()
+        target = torch.from_numpy(unpack_scales(*pack_scales(folded.numpy(), name))).double()
+        shift = None if bias is None else unpack_biases(*pack_biases(bias, name))
         if norm is None:
+            codes = encode(module.weight, scales[name], width)  # type: ignore[arg-type]
             rounded[name] = target.to(scales[name])
-            if bias is not None:
-                module.bias.copy_(bias)  # type: ignore[union-attr, operator]
+            column = rounded[name].view(-1, *[1] * (codes.dim() - 1))
+            module.weight.copy_(codes * column)  # type: ignore[union-attr, operator]
+            if shift is not None:
+                module.bias.copy_(torch.from_numpy(shift))  # type: ignore[union-attr, operator]
             continue
         assert isinstance(norm, NORMS)
-        assert bias is not None
-        ratio = torch.where(scale * factor != 0, target / (scale * factor), torch.ones_like(scale))
+        assert shift is not None
+        ratio = torch.where(folded != 0, target / folded, torch.ones_like(scale))
         norm.weight.mul_(ratio.to(norm.weight))
         norm.bias.zero_()
-        norm.bias.copy_(bias - torch.from_numpy(fold(module, norm)[1]))
+        norm.bias.copy_(torch.from_numpy(shift - fold(module, norm)[1]))  # type: ignore[operator]
     return rounded

@@ -80,7 +80,7 @@ def layer_codes(
             continue
         seen.add(id(parameter))
         codes = encode(weight, scale, width).numpy().astype(np.int8)
-        # A folded batch norm may turn a scale negative; the codes' range is symmetric.
+        # Whose scales are negative gets them here: the codes' range is symmetric.
         sign = np.where(scale.numpy() < 0, -1, 1).astype(np.int8)
         codes = codes * sign.reshape(-1, *[1] * (codes.ndim - 1))
         found[name] = Codes(weight.numpy(), codes, np.abs(scale.numpy()), width)

@@ -20,6 +20,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from rlcompress.core.cost import FLOAT_BYTES, vector_bytes
 from rlcompress.core.graph import Layer
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
@@ -55,12 +56,12 @@ class _Program:
         self.entries: list[tuple[int, int, float]] = []
         self.right: list[float] = []
         costs = problem.evaluator.costs
-        self.constant = float(costs.header + 4 * costs.rest)
+        self.constant = float(costs.header + FLOAT_BYTES * costs.rest)
         self.column = {name: i for i, name in enumerate(problem.network.groups)}
         self.x = {name: self._group(name) for name in self.column}
         self.w = [self._layer(i, x) for i, x in enumerate(problem.network.layers.values())]
         for norm in problem.network.norms:
-            self.constant += 4 * norm.vectors * norm.channels
+            self.constant += FLOAT_BYTES * norm.vectors * norm.channels
 
     def _variable(self, cost: float, size: float, integer: bool) -> int:
         self.cost.append(cost)
@@ -93,7 +94,7 @@ class _Program:
         bits = self.prior.bits
         counts_K, x_K = self._counts(layer.group, layer.out_channels)
         depthwise = layer.kind == "depthwise"
-        vectors = 4.0 if layer.has_bias or layer.batch_norm else 2.0
+        biased = layer.has_bias or layer.batch_norm is not None
         linked = sum(len(link.index) for link in layer.inputs)
         fixed = 1 if depthwise else (layer.in_channels - linked) // layer.conv_groups
         w_KB = np.array(
@@ -101,7 +102,8 @@ class _Program:
                 [
                     self._variable(
                         float(self.prior.losses.quantize_LB[index, b]),
-                        count * (vectors + fixed * layer.kernel * width / 8),
+                        count
+                        * (float(vector_bytes(width, biased)) + fixed * layer.kernel * width / 8),
                         True,
                     )
                     for b, width in enumerate(bits)

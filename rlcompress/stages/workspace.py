@@ -29,7 +29,7 @@ from rlcompress.live import console
 from rlcompress.spec import Experiment, spec_hash, write_resolved
 
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
-MEASUREMENTS = "2"
+MEASUREMENTS = "3"
 DENSE_INPUTS = ("model", "data", "dense", "seed")
 
 

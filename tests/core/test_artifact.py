@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,19 +18,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 from safetensors.torch import save_file
 
-from rlcompress.core.artifact import (
-    ArtifactError,
-    ModelRef,
-    load_artifact,
-    pack,
-)
-from rlcompress.core.codec import pack_codes, unpack_codes
+from rlcompress.core.artifact import ModelRef, load_artifact, pack, read_artifact
 from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_bytes
 from rlcompress.core.fold import snap
+from rlcompress.core.layout import FORMAT, ArtifactError, LayerRecord, NormRecord, Table, digest
 from rlcompress.core.prune import attach_masks, cut
-from rlcompress.core.quant import attach_fake_quant, max_code, scale_of
+from rlcompress.core.quant import attach_fake_quant, encode, fake_quantize, scale_of
 from rlcompress.core.schedule import Schedule
 
 
@@ -39,15 +36,6 @@ def write(net, path, schedule, seed=0):
     scales = snap(small, net.network, bits, scales)
     save_bytes(path, pack(small, net.network, net.ref, bits, scales))
     return net.fake_quantized(small, bits, scales)
-
-
-@given(bits=st.integers(2, 8), count=st.integers(0, 100), seed=st.integers(0, 2**16))
-def test_codes_survive_packing_in_no_more_bytes_than_they_need(bits, count, seed):
-    top, step = max_code(bits), 2 if bits <= 3 else 1
-    codes = np.random.default_rng(seed).choice(np.arange(-top, top + 1, step), count)
-    packed = pack_codes(codes, bits)
-    assert len(packed) == -(-count * bits // 8)
-    assert np.array_equal(unpack_codes(packed, count, bits), codes)
 
 
 @given(choice=st.data(), seed=st.integers(0, 2**16))
@@ -96,24 +84,55 @@ def test_another_process_reads_the_same_network(net, close, tmp_path):
     close(wanted, torch.from_numpy(load_file(tmp_path / "logits")["logits"]))
 
 
-def test_learned_steps_are_written(vgg, close, tmp_path):
+def test_learned_steps_are_written(vgg):
     schedule = Schedule(bits=dict.fromkeys(vgg.network.layers, 4))
     small = copy.deepcopy(vgg.model)
     bits, scales = vgg.quantized(small, schedule)
-    trained = vgg.fake_quantized(small, bits, {n: 1.5 * s for n, s in scales.items()})
+    learned = {n: 1.5 * s for n, s in scales.items()}
+    trained = vgg.fake_quantized(small, bits, learned)
     packed = pack(trained, vgg.network, vgg.ref, bits, scales)
-    save_bytes(tmp_path / "a", packed)
-    close(vgg.out(trained), vgg.out(load_artifact(tmp_path / "a")), relative=2e-2)
+    assert packed == pack(small, vgg.network, vgg.ref, bits, learned)
+    assert packed != pack(small, vgg.network, vgg.ref, bits, scales)
 
 
-def test_snapping_changes_answers_little(trained, close):
-    """Half floats under one exponent: 11 bits a scale and a bias."""
-    schedule = Schedule(bits=dict.fromkeys(trained.network.layers, 8))
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_snapping_changes_answers_little(trained, close, bits):
+    """A scale moves by 1.1 % at most, a bias by a 252th of the layer's largest."""
+    schedule = Schedule(bits=dict.fromkeys(trained.network.layers, bits))
+    small = copy.deepcopy(trained.model)
+    widths, scales = trained.quantized(small, schedule)
+    before = trained.out(trained.fake_quantized(small, widths, scales))
+    scales = snap(small, trained.network, widths, scales)
+    close(before, trained.out(trained.fake_quantized(small, widths, scales)), relative=2e-2)
+
+
+def test_snapping_keeps_every_code(trained):
+    """Encoded again with a rounded scale, a weight between two codes would change sides."""
+    schedule = Schedule(bits={n: (2, 4, 8)[i % 3] for i, n in enumerate(trained.network.layers)})
     small = copy.deepcopy(trained.model)
     bits, scales = trained.quantized(small, schedule)
-    before = trained.out(trained.fake_quantized(small, bits, scales))
-    scales = snap(small, trained.network, bits, scales)
-    close(before, trained.out(trained.fake_quantized(small, bits, scales)), relative=1e-2)
+
+    def codes(scales):
+        return {
+            n: encode(small.get_submodule(n).weight.detach(), scale, bits[n])
+            for n, scale in scales.items()
+        }
+
+    before = codes(scales)
+    after = codes(snap(small, trained.network, bits, scales))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_negative_gamma_goes_into_the_codes(vgg, tmp_path):
+    gammas = [m.weight for m in vgg.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert any(bool((gamma < 0).any()) for gamma in gammas)
+    write(vgg, tmp_path / "a", Schedule(bits=dict.fromkeys(vgg.network.layers, 4)))
+    read = read_artifact(tmp_path / "a")
+    assert {*read.scales} == {*vgg.network.layers}
+    for name, scale in read.scales.items():
+        assert bool((scale >= 0).all())
+        weight = read.model.get_submodule(name).weight
+        assert torch.equal(fake_quantize(weight, scale, 4), weight)
 
 
 def test_snapping_twice_is_snapping_once(vgg):
@@ -163,16 +182,31 @@ def refuses(path, content: bytes) -> str:
     return str(caught.value)
 
 
-def with_manifest(intact: bytes, **changes) -> bytes:
-    """The same data behind another manifest, its digest made to match."""
-    from rlcompress.core.artifact import _digest
+def split(content: bytes) -> tuple[dict, bytes]:
+    """Manifest and data of a file."""
+    size = int.from_bytes(content[:8], "little")
+    manifest = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["rlcompress"])
+    return manifest, content[8 + size :]
 
-    size = int.from_bytes(intact[:8], "little")
-    manifest = json.loads(json.loads(intact[8 : 8 + size])["__metadata__"]["rlcompress"]) | changes
-    data = intact[8 + size :]
-    manifest["sha256"] = _digest(manifest, data)
+
+def forged(manifest: dict, data: bytes) -> bytes:
+    """A file of them with a digest that matches."""
+    manifest = {**manifest, "sha256": digest(manifest, data)}
     tensors = {"data": np.frombuffer(data, np.uint8)}
     return save(tensors, metadata={"rlcompress": json.dumps(manifest)})
+
+
+def with_manifest(intact: bytes, **changes) -> bytes:
+    """The same data behind another manifest."""
+    manifest, data = split(intact)
+    return forged(manifest | changes, data)
+
+
+def with_table(intact: bytes, **changes) -> bytes:
+    """The same numbers behind other records."""
+    manifest, data = split(intact)
+    table, end = Table.unpack(data)
+    return forged(manifest, replace(table, **changes).pack() + data[end:])
 
 
 @given(share=st.floats(0, 1, exclude_max=True, allow_subnormal=False))
@@ -246,8 +280,7 @@ def test_a_hostile_manifest_is_refused_or_gives_a_small_network(intact, manifest
     """One place of it replaced by anything, its digest made to match."""
     changed = copy.deepcopy(manifest)
     place: object = changed
-    path = choice.draw(st.sampled_from(["model", "layers", "norms", "unused"]))
-    owner, key = changed, path
+    owner, key = changed, "model"
     for _ in range(choice.draw(st.integers(0, 2))):
         place = owner[key]
         if isinstance(place, list) and place:
@@ -255,13 +288,35 @@ def test_a_hostile_manifest_is_refused_or_gives_a_small_network(intact, manifest
         elif isinstance(place, dict) and place:
             owner, key = place, choice.draw(st.sampled_from(sorted(place)))
     owner[key] = choice.draw(_JUNK | _NUMBERS)
-    scratch.write_bytes(with_manifest(intact, **changed))
+    gives_a_small_network_or_is_refused(scratch, with_manifest(intact, **changed))
+
+
+@given(
+    mutate=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True, allow_subnormal=False), st.binary(max_size=6)),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(max_examples=1000)
+def test_hostile_records_are_refused_or_give_a_small_network(intact, scratch, mutate):
+    """Bytes of them set to anything, the digest made to match."""
+    manifest, data = split(intact)
+    _, end = Table.unpack(data)
+    for share, values in mutate:
+        at = int(share * end)
+        data = (data[:at] + values + data[at + len(values) :])[: len(data)]
+    gives_a_small_network_or_is_refused(scratch, forged(manifest, data))
+
+
+def gives_a_small_network_or_is_refused(path, content: bytes) -> None:
+    path.write_bytes(content)
     try:
-        model = load_artifact(scratch)
+        model = load_artifact(path)
     except ArtifactError:
         return
     # Every number comes from the file: at most 16 codes a byte.
-    assert sum(t.numel() for t in model.state_dict().values()) <= 16 * len(intact)
+    assert sum(t.numel() for t in model.state_dict().values()) <= 16 * len(content)
 
 
 @pytest.fixture(scope="module")
@@ -273,8 +328,7 @@ def wanted(vgg, intact, tmp_path_factory) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def manifest(intact) -> dict:
-    size = int.from_bytes(intact[:8], "little")
-    return json.loads(json.loads(intact[8 : 8 + size])["__metadata__"]["rlcompress"])
+    return split(intact)[0]
 
 
 @given(content=st.binary(max_size=300))
@@ -294,21 +348,6 @@ def test_noise_is_refused(scratch, content):
         {"model": "vgg19"},
         {"model": None},
         {"model": ["vgg19", {"width": 1e7}, 10, [1, 32, 32]]},
-        {"layers": [[2, 4, 1, 4, 0, 0, 3]]},
-        {"layers": [[2, 4, 1, 4, 0, 0, 3]] * 17},
-        {"layers": [[2, 10**9, 1, 4, 0, 0, 3]] * 17},
-        {"layers": [[2, 0, 1, 4, 0, 0, 3]] * 17},
-        {"layers": [[2, 4, 1, 1, 0, 0, 3]] * 17},
-        {"layers": [[2, 4, 1, 4, "a", 0, 3]] * 17},
-        {"layers": [[999, 4, 1, 4, 0, 0, 3]] * 17},
-        {"layers": [[2, 4, 1, 4, 0, 0, 2]] * 17},
-        {"layers": [[]] * 17},
-        {"layers": None},
-        {"norms": [[3, 4]]},
-        {"norms": [[2, 4]]},
-        {"unused": [2]},
-        {"unused": [0]},
-        {"unused": ["a"]},
     ],
     ids=repr,
 )
@@ -316,8 +355,75 @@ def test_a_manifest_that_lies_is_refused(intact, tmp_path, changes):
     refuses(tmp_path / "a", with_manifest(intact, **changes))
 
 
-def test_the_unchanged_manifest_is_taken(vgg, intact, tmp_path):
-    (tmp_path / "a").write_bytes(with_manifest(intact))
+FIRST = LayerRecord(module=2, norm=3, out=8, fan=1, bits=4, spacing=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": (FIRST,)},
+        {"layers": (FIRST,) * 17},
+        *(
+            {"first": change}
+            for change in (
+                {"out": 2**32 - 1},
+                {"out": 0},
+                {"out": 9},
+                {"fan": 2},
+                {"fan": 0},
+                {"bits": 0},
+                {"bits": 1},
+                {"bits": 9},
+                {"bits": 8},
+                {"bits": 32},
+                {"module": 999},
+                {"module": 0},
+                {"norm": 2},
+                {"norm": 999},
+                {"norm": -1},
+                {"spacing": 0},
+                {"spacing": 3},
+                {"spacing": 255},
+                {"top": -(2**15)},
+                {"step": -(2**15)},
+            )
+        ),
+        {"norms": (NormRecord(3, 4),)},
+        {"norms": (NormRecord(2, 4),)},
+        {"norms": (NormRecord(3, 0),)},
+        {"norms": (NormRecord(999, 4),)},
+        {"unused": (2,)},
+        {"unused": (0,)},
+        {"unused": (999,)},
+    ],
+    ids=repr,
+)
+def test_records_that_lie_are_refused(intact, tmp_path, changes):
+    layers = Table.unpack(split(intact)[1])[0].layers
+    if "first" in changes:
+        assert layers[0].bits == 4
+        changes = {"layers": (replace(layers[0], **changes["first"]), *layers[1:])}
+    refuses(tmp_path / "a", with_table(intact, **changes))
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (16, 0, 0), (18, 0, 0), (65535,) * 3])
+def test_counts_that_lie_are_refused(intact, tmp_path, counts):
+    manifest, data = split(intact)
+    refuses(tmp_path / "a", forged(manifest, struct.pack("<3H", *counts) + data[6:]))
+    refuses(tmp_path / "a", forged(manifest, b""))
+
+
+def test_a_file_in_an_older_format_names_both(intact, tmp_path):
+    message = refuses(tmp_path / "a", with_manifest(intact, format="rlcompress/2"))
+    assert "rlcompress/2" in message
+    assert "rlcompress/3" in message
+    hostile = refuses(tmp_path / "a", with_manifest(intact, format="\x1b[2J" * 10_000))
+    assert len(hostile) < 200
+    assert "\x1b" not in hostile
+
+
+def test_the_unchanged_manifest_and_records_are_taken(vgg, intact, tmp_path):
+    (tmp_path / "a").write_bytes(with_table(with_manifest(intact)))
     assert load_artifact(tmp_path / "a")(vgg.images).shape == (8, 10)
 
 
@@ -351,17 +457,8 @@ def test_a_pickle_is_refused_unopened(tmp_path, save_it):
 
 def test_a_file_cannot_name_code_to_run(tmp_path):
     """A crafted manifest with a true checksum: nothing is imported, nothing called."""
-    from rlcompress.core import artifact
-
-    ref = artifact.ModelRef(
-        "subprocess:Popen", {"args": ["touch", str(tmp_path / "ran")]}, 10, (1, 32, 32)
-    )
-    manifest = {"format": artifact.FORMAT, "model": [ref.factory, dict(ref.args), 10, [1, 32, 32]]}
-    manifest["sha256"] = artifact._digest(manifest, b"")
-    packed = artifact.save_safetensors(
-        {"data": np.zeros(0, np.uint8)}, metadata={"rlcompress": json.dumps(manifest)}
-    )
-    (tmp_path / "crafted").write_bytes(packed)
-    with pytest.raises(artifact.ArtifactError, match="if you trust that code"):
+    model = ["subprocess:Popen", {"args": ["touch", str(tmp_path / "ran")]}, 10, [1, 32, 32]]
+    (tmp_path / "crafted").write_bytes(forged({"format": FORMAT, "model": model}, b""))
+    with pytest.raises(ArtifactError, match="if you trust that code"):
         load_artifact(tmp_path / "crafted")
     assert not (tmp_path / "ran").exists()

@@ -11,6 +11,7 @@ from torch import nn
 
 from rlcompress.core.artifact import pack
 from rlcompress.core.cost import CostModel, header_bytes
+from rlcompress.core.layout import HEADER_BYTES
 from rlcompress.core.prune import cut
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.structure import build_network
@@ -25,7 +26,7 @@ def test_bytes_parameters_and_macs_are_those_of_the_cut_network(net, choice, see
     packed = pack(small, net.network, net.ref, bits, scales)
     cost = CostModel(net.network).cost(schedule)
     assert len(packed) == cost.bytes
-    assert 8 + int.from_bytes(packed[:8], "little") == header_bytes(net.network)
+    assert 8 + int.from_bytes(packed[:8], "little") == HEADER_BYTES
 
     structure = build_network(small, net.images[:1])
     assert cost.macs == sum(layer.macs for layer in structure.layers.values())
@@ -58,8 +59,10 @@ def test_a_layer_by_hand():
     costs = CostModel(build_network(model, torch.zeros(1, 3, 6, 6)))
     schedule = Schedule({"0": 0.5}, {"0": 3})
     layers = costs.layer_bytes(*costs.rows(schedule))
-    # ceil(5 x 27 weights x 3 bits / 8) and 5 scales and biases of 2; 2 x 5 floats and 2 biases
-    assert layers.tolist() == [[51 + 20, 40 + 8]]
+    # ceil(5 x 27 weights x 3 bits / 8) and 5 scales and biases of 1; 2 x 5 floats and 2 biases
+    assert layers.tolist() == [[51 + 10, 40 + 8]]
+    # The header, three counts, and two records
+    assert costs.cost(schedule).bytes == 512 + 6 + 2 * 18 + 61 + 48
     assert costs.cost(schedule).macs == 5 * 27 * 16 + 10 * 16
 
 
