@@ -6,7 +6,7 @@ import pytest
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
 from rlcompress.searchers import SEARCHERS, Settings, find, in_process
-from rlcompress.searchers.knapsack import _Program
+from rlcompress.searchers.knapsack import Program
 from tests.toy import enumerate_schedules, toy_bundle
 
 
@@ -80,7 +80,7 @@ def test_knapsack_is_the_optimum_of_the_estimates(problem):
         return float(cut + rounding)
 
     everything = [(s, problem.evaluator.costs.cost(s).bytes) for s, _ in _all(problem)]
-    program = _Program(problem)
+    program = Program(problem, losses)
     for ratio in (4.0, 6.0, 8.0):
         limit = problem.dense.bytes / ratio
         found = program.solve(limit)
@@ -103,6 +103,6 @@ def _all(problem: Problem) -> list:
 
 def test_the_knapsack_beats_the_median_of_what_fits(problem):
     limit = problem.dense.bytes / 6.0
-    found = _Program(problem).solve(limit)
+    found = Program(problem, problem.prior.losses).solve(limit)
     kls = [m.kl for _, m in _all(problem) if m.bytes <= limit]
     assert problem.evaluator.evaluate(found).kl < np.quantile(kls, 0.2)

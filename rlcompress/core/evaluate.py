@@ -14,10 +14,11 @@ two never overlap. N = F + S.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ RECOVERIES = ("none", "bn", "reconstruct")
 
 #: Nats.
 WORST = 1e4
+
+
+def _known(recovery: str) -> str:
+    if recovery not in RECOVERIES:
+        raise ValueError(f"recovery {recovery!r}; allowed: {', '.join(RECOVERIES)}")
+    return recovery
 
 
 @dataclass(frozen=True)
@@ -112,9 +119,7 @@ class Evaluator(ABC):
         positions: int = 2048,
         seed: int = 0,
     ) -> None:
-        if recovery not in RECOVERIES:
-            raise ValueError(f"recovery {recovery!r}; allowed: {', '.join(RECOVERIES)}")
-        self.network, self.estimates, self.recovery = network, estimates, recovery
+        self.network, self.estimates, self.recovery = network, estimates, _known(recovery)
         self.costs = CostModel(network)
         self.layers = list(network.layers.values())
         self.fit_count, self._count = len(fit), len(fit) + len(score)
@@ -128,6 +133,13 @@ class Evaluator(ABC):
         self._positions_wanted = positions
         self._generator = torch.Generator().manual_seed(seed)
         self._targets: dict[str, tuple[Positions, torch.Tensor]] = {}
+
+    def with_recovery(self, recovery: str) -> Self:
+        """An evaluator of the same network, images and sampled positions after another recovery.
+        Shares the tensors; prefixes of one are not for the other."""
+        other = copy.copy(self)
+        other.recovery = _known(recovery)
+        return other
 
     # --- the pass ----------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -89,6 +89,12 @@ class IncrementalEvaluator(Evaluator):
             start = self._run_nodes(self._segments[0], {}, lambda node: batch)
             self._start = Prefix((), start, {}, ())
             self._dense_done(self._dense_pass())
+
+    def with_recovery(self, recovery: str) -> Self:
+        """With a cache of its own, as large as this one's."""
+        other = super().with_recovery(recovery)
+        other.cache = PrefixCache(self.cache.max_bytes)
+        return other
 
     # --- structure -------------------------------------------------------------------------
 
