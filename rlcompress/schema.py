@@ -28,7 +28,9 @@ from rlcompress.core.schedule import BITS, KEEPS
 
 MODELS = ("vgg19", "mobilenetv2", "resnet18")
 DATASETS = ("digits", "fashion_mnist", "cifar10")
-Searcher = Literal["ppo", "knapsack", "random", "uniform"]
+Searcher = Literal[
+    "ppo", "untrained", "knapsack", "local", "evolution", "taylor", "random", "uniform"
+]
 
 # What a run may change without invalidating its results: where it runs and what it is called.
 _UNHASHED: Any = {
@@ -190,6 +192,11 @@ class SearchSpec(_Section):
     )
     recovery: Literal["none", "bn", "reconstruct"] = Field(
         "reconstruct", description="before scoring: nothing, batch norms, or least squares"
+    )
+    sensitivity: Literal["estimated", "measured", "refitted"] = Field(
+        "estimated",
+        description="what knapsack and local solve on: estimates, or one choice at a time measured "
+        "with half of the episodes, after batch norms or with readers refitted",
     )
     clip: Literal["auto", "kl", "mse"] = Field("auto", description="rule for the clipping range")
     cache_mb: int = Field(256, ge=0, description="bound of the activation cache, MiB a process")

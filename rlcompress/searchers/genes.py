@@ -29,11 +29,9 @@ class Genes:
         self._counts: list[np.ndarray] = []
         self._keeps = problem.keeps
         for group in self._groups:
-            first: dict[int, int] = {}
-            for k in np.argsort(problem.keeps):
-                first.setdefault(group.count(problem.keeps[k]), int(k))
-            self._keep.append(list(first.values()))
-            self._counts.append(np.array(list(first)))
+            column_of = {group.count(problem.keeps[k]): int(k) for k in np.argsort(problem.keeps)}
+            self._keep.append(list(column_of.values()))
+            self._counts.append(np.array(list(column_of)))
         self._bits = np.argsort(problem.bits)
         self._widths = np.array(problem.bits)[self._bits]
         sizes = [len(keep) for keep in self._keep] + [len(self._bits)] * len(self._layers)

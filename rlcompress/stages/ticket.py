@@ -35,13 +35,17 @@ def winners(run: Workspace, records: list[Record]) -> list[Record]:
     """The densest schedules at the accuracy floor: `ticket.top` of the searcher, one of the
     baseline `uniform`. Without one at the floor, the most faithful one."""
     e = run.experiment
-    floor = run.problem.dense.accuracy - e.ticket.floor / 100
+    dense = run.problem.dense
+    floor, largest = dense.accuracy - e.ticket.floor / 100, dense.bytes / e.search.target[0]
     wanted = {e.search.searcher: e.ticket.top}
     if "uniform" in e.search.baselines:
         wanted.setdefault("uniform", 1)
     chosen = []
     for name, count in wanted.items():
-        mine = archive_front(r for r in records if r.searcher == name)
+        # Probes of single choices are records too, of networks that are nearly dense.
+        mine = archive_front(
+            r for r in records if r.searcher == name and r.measurement.bytes <= largest
+        )
         if not mine and name == e.search.searcher:
             raise UserError(f"{run.folder}: {name} has measured nothing yet; {run.next('search')}")
         feasible = [r for r in mine if r.measurement.accuracy >= floor]
