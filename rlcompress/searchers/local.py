@@ -62,9 +62,14 @@ def _anneal(problem: Problem, settings: Settings, losses: Losses) -> Batches:
     limits = [problem.dense.bytes / target for target in wanted]
     starts = _starts(problem, losses, wanted)
     chains = [genes.of(schedule) for schedule in starts]
+    # Neighbouring sizes may have one answer.
+    first: dict[Schedule, float] = {}
+    for schedule, target in zip(starts, wanted, strict=True):
+        first[schedule] = max(target, first.get(schedule, target))
+    found = yield list(first.items())
+    score_of = dict(zip(first, map(_score, found), strict=True))
+    scores = [score_of[schedule] for schedule in starts]
     seen = {start.tobytes() for start in chains}
-    found = yield list(zip(starts, wanted, strict=True))
-    scores = [_score(measurement) for measurement in found]
     while True:
         proposals: dict[int, np.ndarray] = {}
         for chain, limit in enumerate(limits):
