@@ -68,6 +68,14 @@ SearcherName = Annotated[
     str | None,
     typer.Option("--searcher", metavar="NAME", help="Short for --set search.searcher=NAME."),
 ]
+Sensitivity = Annotated[
+    str | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="KIND",
+        help="estimated, measured or refitted: short for --set search.sensitivity=KIND.",
+    ),
+]
 FILE = Path("experiments.yaml")
 
 
@@ -235,13 +243,17 @@ def search(
     out: Out = None,
     fresh: Fresh = False,
     searcher: SearcherName = None,
+    sensitivity: Sensitivity = None,
 ) -> None:
     """Train the dense network if need be, then search for schedules.
 
     \b
     rlcompress search quickstart
     rlcompress search quickstart --searcher random --out runs/quickstart-random
+    rlcompress search quickstart --searcher knapsack --sensitivity refitted
     """
+    # As an override: the next verb, whose command is shown, takes that as well.
+    sets = [*(sets or ()), *([f"search.sensitivity={sensitivity}"] if sensitivity else ())]
     _open(name, file, sets, out, searcher=searcher, fresh=fresh).search()
 
 

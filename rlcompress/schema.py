@@ -28,7 +28,9 @@ from rlcompress.core.schedule import BITS, KEEPS
 
 MODELS = ("vgg19", "mobilenetv2", "resnet18")
 DATASETS = ("digits", "fashion_mnist", "cifar10")
-Searcher = Literal["ppo", "knapsack", "random", "uniform"]
+Searcher = Literal[
+    "ppo", "untrained", "knapsack", "local", "evolution", "taylor", "random", "uniform"
+]
 
 # What a run may change without invalidating its results: where it runs and what it is called.
 _UNHASHED: Any = {
@@ -220,6 +222,11 @@ class SearchSpec(_Section):
     )
     finalists: int = Field(
         8, ge=1, description="schedules a searcher that are measured again on more images"
+    )
+    sensitivity: Literal["estimated", "measured", "refitted"] = Field(
+        "estimated",
+        description="what knapsack and local solve on: estimates, or one choice at a time measured "
+        "with half of the episodes, after batch norms or with readers refitted",
     )
     clip: Literal["auto", "kl", "mse"] = Field("auto", description="rule for the clipping range")
     cache_mb: int = Field(256, ge=0, description="bound of the activation cache, MiB a process")

@@ -170,6 +170,14 @@ class TestVerbs:
         assert code(verb, "quickstart", "--file", FILE, "--searcher", "randon") == 2
         assert 'did you mean "random"?' in capsys.readouterr().err
 
+    def test_sensitivity(self, runs, capsys):
+        command = ("search", "quickstart", "--file", FILE, "--set", "search.episodes=9")
+        assert code(*command, "--sensitivity", "refitted") == 0
+        assert runs[0][3].search.sensitivity == "refitted"
+        assert runs[0][3].search.episodes == 9
+        assert code(*command, "--sensitivity", "refited") == 2
+        assert "search.sensitivity" in capsys.readouterr().err
+
     def test_out(self, runs, tmp_path, capsys):
         assert code("run", "quickstart", "--file", FILE, "--out", "a/b") == 0
         assert runs[0][1] == Path("a/b")

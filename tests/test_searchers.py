@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
+from rlcompress.rl import untrained
+from rlcompress.schema import PPOSpec
 from rlcompress.searchers import SEARCHERS, Settings, find, in_process
-from rlcompress.searchers.knapsack import _Program
+from rlcompress.searchers.knapsack import Program
 from tests.toy import enumerate_schedules, toy_bundle
 
 
@@ -15,35 +20,149 @@ def problem() -> Problem:
     return toy_bundle(epochs=2).problem()
 
 
-def run(problem: Problem, name: str, evaluations: int, history: list[Record]) -> list[Record]:
-    settings = Settings(evaluations, (3.0, 8.0), seed=0)
+EVERY = (*SEARCHERS, "untrained")
+FEEDBACK = ("knapsack", "local")
+LOW, HIGH = 3.0, 8.0
+
+
+def run(
+    problem: Problem,
+    name: str,
+    evaluations: int,
+    history: Sequence[Record] = (),
+    *,
+    seed: int = 0,
+    sensitivity: str = "estimated",
+) -> list[Record]:
+    settings = Settings(evaluations, (LOW, HIGH), seed, sensitivity)
+    if name == "untrained":
+        return list(untrained.search(problem, settings, history, ppo=PPOSpec()))
     return list(find(name)(problem, settings, history, in_process(problem)))
 
 
-@pytest.mark.parametrize("name", SEARCHERS)
+def lines(records: Sequence[Record]) -> list[str]:
+    return [record.to_json() for record in records]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_counts_and_measures(problem, name):
-    records = run(problem, name, 8, [])
+    records = run(problem, name, 8)
     assert [r.evaluation for r in records] == list(range(1, len(records) + 1))
+    assert {r.searcher for r in records} == {name}
     assert 1 <= len(records) <= 8
     for record in records[::3]:
         assert problem.evaluator.evaluate(record.schedule) == record.measurement
 
 
-@pytest.mark.parametrize("name", SEARCHERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_goes_on_where_it_stopped(problem, name):
-    whole = run(problem, name, 8, [])
-    rest = run(problem, name, 8, whole[:3])
-    assert [r.to_json() for r in rest] == [r.to_json() for r in whole[3:]]
+    whole = run(problem, name, 32)
+    for stopped in (3, 27):
+        rest = run(problem, name, 32, whole[:stopped])
+        assert lines(rest) == lines(whole[stopped:])
 
 
-@pytest.mark.parametrize("name", ["random", "knapsack"])
+@pytest.mark.parametrize("name", EVERY)
+def test_more_evaluations_go_on_from_fewer(problem, name):
+    few, many = run(problem, name, 14), run(problem, name, 32)
+    assert lines(many[: len(few)]) == lines(few)
+    assert lines(run(problem, name, 32, few)) == lines(many[len(few) :])
+
+
+@pytest.mark.parametrize("name", ["random", "local", "evolution", "untrained"])
+def test_the_seed_decides(problem, name):
+    assert lines(run(problem, name, 30)) == lines(run(problem, name, 30))
+    assert lines(run(problem, name, 30, seed=1)) != lines(run(problem, name, 30))
+
+
+@pytest.mark.parametrize("name", ["random", "knapsack", "local", "taylor", "untrained"])
 def test_targets_are_met(problem, name):
-    for record in run(problem, name, 12, []):
+    for record in run(problem, name, 30):
+        assert LOW - 1e-9 <= record.target <= HIGH + 1e-9
         assert record.measurement.bytes <= problem.dense.bytes / record.target
 
 
+@pytest.mark.parametrize("name", ["uniform", "taylor", "evolution"])
+def test_no_evaluation_is_spent_outside_the_range(problem, name):
+    for record in run(problem, name, 60):
+        assert LOW <= problem.dense.bytes / record.measurement.bytes <= 1.05 * HIGH
+
+
+@pytest.mark.parametrize("name", ["uniform", "taylor", "evolution", "local"])
+def test_nothing_is_measured_twice(problem, name):
+    records = run(problem, name, 40)
+    assert len({record.schedule for record in records}) == len(records) > 20
+
+
+def test_taylor_keeps_channels_by_one_threshold(problem):
+    """With `round_to` 1 every channel kept is above every one that is cut, but for the least
+    ratio, which some group may be held to."""
+    importance = problem.evaluator.estimates.importance
+    for record in run(problem, "taylor", 12):
+        kept = problem.evaluator.kept(record.schedule)
+        least = {g: group.count(min(problem.keeps)) for g, group in problem.network.groups.items()}
+        held = {g for g, mask in kept.items() if mask.sum() == least[g]}
+        lowest = min(importance[g][mask].min() for g, mask in kept.items() if g not in held)
+        highest = max(importance[g][~mask].max(initial=0.0) for g, mask in kept.items())
+        assert highest <= lowest
+        assert len(set(record.schedule.bits.values())) == 1
+
+
+def mean_kl(problem: Problem, records: Sequence[Record]) -> float:
+    """Mean log10 of the least KL at ten sizes."""
+    sizes = problem.dense.bytes / np.geomspace(LOW, HIGH, 10)
+    best = [min(r.measurement.kl for r in records if r.measurement.bytes <= s) for s in sizes]
+    return float(np.log10(best).mean())
+
+
+@pytest.mark.parametrize("name", ["local", "evolution"])
+def test_searchers_that_learn_beat_chance(problem, name):
+    ours, chance = (
+        np.mean([mean_kl(problem, run(problem, n, 60, seed=seed)) for seed in range(2)])
+        for n in (name, "random")
+    )
+    assert ours < chance - 0.1
+
+
+@pytest.mark.parametrize("name", FEEDBACK)
+@pytest.mark.parametrize("sensitivity", ["measured", "refitted"])
+def test_probes_are_evaluations_and_it_goes_on_behind_them(problem, name, sensitivity):
+    whole = run(problem, name, 20, sensitivity=sensitivity)
+    assert [r.evaluation for r in whole] == list(range(1, 21))
+    probed = [r for r in whole if r.target is None]
+    assert probed == whole[:10]
+    for record in probed:
+        assert len(record.schedule.keep) + len(record.schedule.bits) == 1
+    own = [problem.evaluator.evaluate(r.schedule) == r.measurement for r in probed]
+    # What a refit changes, "measured" does without.
+    assert all(own) == (sensitivity == "refitted")
+    for stopped in (4, 10, 15):
+        rest = run(problem, name, 20, whole[:stopped], sensitivity=sensitivity)
+        assert lines(rest) == lines(whole[stopped:])
+    # Given more, it stays with the probes that its first targets were solved on.
+    more = run(problem, name, 24, whole, sensitivity=sensitivity)
+    assert [r.evaluation for r in more] == [21, 22, 23, 24]
+    assert all(record.target is not None for record in more)
+
+
+def test_measured_sensitivities_are_worth_their_evaluations(problem):
+    plain = mean_kl(problem, run(problem, "knapsack", 42))
+    assert mean_kl(problem, run(problem, "knapsack", 42, sensitivity="refitted")) < plain
+
+
+def test_a_prior_on_other_losses(problem):
+    """What an environment on measured losses stands on."""
+    losses = problem.prior.losses
+    dear = replace(losses, prune_GK=np.where(losses.prune_GK > 0, 1e3, losses.prune_GK))
+    other = problem.with_losses(dear)
+    assert other.evaluator is problem.evaluator
+    assert other.prior.losses is dear
+    whole = other.prior.schedule(problem.dense.bytes / 4.5)
+    assert set(whole.keep.values()) == {1.0}
+
+
 def test_uniform_covers_the_range_and_nothing_else(problem):
-    records = run(problem, "uniform", 1000, [])
+    records = run(problem, "uniform", 1000)
     kinds = {
         tuple(problem.network.counts(r.schedule).values()) + tuple(r.schedule.bits.values())
         for r in records
@@ -54,14 +173,8 @@ def test_uniform_covers_the_range_and_nothing_else(problem):
         assert len(set(record.schedule.keep.values())) == 1
         assert len(set(record.schedule.bits.values())) == 1
     sizes = [record.measurement.bytes for record in records]
-    few = {record.measurement.bytes for record in run(problem, "uniform", 5, [])}
+    few = {record.measurement.bytes for record in run(problem, "uniform", 5)}
     assert few >= {min(sizes), max(sizes)}
-
-
-@pytest.mark.parametrize("name", SEARCHERS)
-def test_more_evaluations_go_on_from_fewer(problem, name):
-    few, many = run(problem, name, 4, []), run(problem, name, 9, [])
-    assert [r.schedule for r in many[: len(few)]] == [r.schedule for r in few]
 
 
 def test_knapsack_is_the_optimum_of_the_estimates(problem):
@@ -80,7 +193,7 @@ def test_knapsack_is_the_optimum_of_the_estimates(problem):
         return float(cut + rounding)
 
     everything = [(s, problem.evaluator.costs.cost(s).bytes) for s, _ in _all(problem)]
-    program = _Program(problem)
+    program = Program(problem, losses)
     for ratio in (4.0, 6.0, 8.0):
         limit = problem.dense.bytes / ratio
         found = program.solve(limit)
@@ -103,6 +216,6 @@ def _all(problem: Problem) -> list:
 
 def test_the_knapsack_beats_the_median_of_what_fits(problem):
     limit = problem.dense.bytes / 6.0
-    found = _Program(problem).solve(limit)
+    found = Program(problem, problem.prior.losses).solve(limit)
     kls = [m.kl for _, m in _all(problem) if m.bytes <= limit]
     assert problem.evaluator.evaluate(found).kl < np.quantile(kls, 0.2)

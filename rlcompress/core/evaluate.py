@@ -14,11 +14,12 @@ two never overlap. N = F + S. The dense network is run once, in float32; candida
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -130,6 +131,13 @@ class Evaluator(ABC):
         self._fits: ByteCache[Fit] = ByteCache(0)
         self._ridges: dict[str, tuple[float, ...]] = {}
         self._choosing: dict[str, tuple[float, ...]] | None = None
+
+    def with_recovery(self, recovery: str) -> Self:
+        """An evaluator of the same network, images and sampled positions after another recovery.
+        Shares the tensors; prefixes of one are not for the other."""
+        other = copy.copy(self)
+        other.recovery, other.steps = parse_recovery(recovery)
+        return other
 
     # --- the pass ----------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -71,9 +71,22 @@ class IncrementalEvaluator(Evaluator):
             batch = batch.to(self.dtype)
             start = self._run_nodes(self._segments[0], {}, lambda node: batch)
             self._start = Prefix((), start, {}, ())
-        self._choose_ridges()
-        self.cache = ByteCache(self.cache.max_bytes)
         self._fits = ByteCache(cache_bytes // 4)
+        self._choose_ridges()
+        self._empty()
+
+    def with_recovery(self, recovery: str) -> Self:
+        """With a cache of its own, as large as this one's."""
+        other = super().with_recovery(recovery)
+        other._empty()
+        other._choose_ridges()
+        other._empty()
+        return other
+
+    def _empty(self) -> None:
+        """Caches of its own, as large as they were."""
+        self.cache = ByteCache(self.cache.max_bytes)
+        self._fits = ByteCache(self._fits.max_bytes)
 
     # --- structure -------------------------------------------------------------------------
 

@@ -25,8 +25,11 @@ _SWEEPS = 3
 @dataclass(frozen=True)
 class Losses:
     """Estimated KL (nats) as tables: prune_GK for group g at keep k, quantize_LB for layer l at
-    bit-width b. Protected groups cost nothing at keep 1 and infinity elsewhere."""
+    bit-width b. Protected groups cost nothing at keep 1 and infinity elsewhere. In each row less
+    kept, or fewer bits, never cost less."""
 
+    keeps: tuple[float, ...]
+    bits: tuple[int, ...]
     prune_GK: np.ndarray
     quantize_LB: np.ndarray
 
@@ -43,7 +46,7 @@ class Losses:
         quantize = np.array([estimates.quantize[name] for name in network.layers])
         wide = np.argsort(-np.array(estimates.bits))
         quantize[:, wide] = np.maximum.accumulate(quantize[:, wide], axis=1)
-        return cls(prune, quantize)
+        return cls(estimates.keeps, estimates.bits, prune, quantize)
 
 
 class Prior:
@@ -54,16 +57,12 @@ class Prior:
     bytes_R           its size;  loss_R  its estimated KL;  price_R  its lambda, nats per byte
     """
 
-    def __init__(
-        self, network: Network, estimates: Estimates, costs: CostModel, *, refitted: bool
-    ) -> None:
-        self.network, self.costs = network, costs
-        self.keeps = np.array(estimates.keeps)
-        self.bits = np.array(estimates.bits)
-        self.losses = Losses.of(network, estimates, refitted=refitted)
+    def __init__(self, network: Network, costs: CostModel, losses: Losses) -> None:
+        self.network, self.costs, self.losses = network, costs, losses
+        self.keeps, self.bits = np.array(losses.keeps), np.array(losses.bits)
         #: channels of each group at each keep ratio
         self.counts_GK = np.array(
-            [[g.count(k) for k in estimates.keeps] for g in network.groups.values()],
+            [[g.count(k) for k in losses.keeps] for g in network.groups.values()],
             dtype=np.int64,
         ).reshape(len(network.groups), len(self.keeps))
         self._solve()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.graph import Network
-from rlcompress.core.prior import Prior
+from rlcompress.core.prior import Losses, Prior
 from rlcompress.core.schedule import Measurement
 from rlcompress.core.sensitivity import Estimates
 
@@ -86,8 +86,8 @@ class Bundle:
             seed=self.seed,
         )
         refitted = self.recovery == "reconstruct"
-        prior = Prior(self.network, self.estimates, evaluator.costs, refitted=refitted)
-        return Problem(evaluator, prior, self.score)
+        losses = Losses.of(self.network, self.estimates, refitted=refitted)
+        return Problem(evaluator, Prior(self.network, evaluator.costs, losses), self.score)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,14 @@ class Problem:
     @property
     def bits(self) -> tuple[int, ...]:
         return self.evaluator.estimates.bits
+
+    def with_losses(self, losses: Losses) -> Problem:
+        """The same problem with a prior on other losses; the evaluator is shared."""
+        return replace(self, prior=Prior(self.network, self.evaluator.costs, losses))
+
+    def with_recovery(self, recovery: str) -> Problem:
+        """The same problem, measured after another recovery; see `Evaluator.with_recovery`."""
+        return replace(self, evaluator=self.evaluator.with_recovery(recovery))
 
     def max_ratio(self) -> float:
         """The largest size ratio (dense bytes / artifact bytes) that the choices allow."""

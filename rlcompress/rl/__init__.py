@@ -1,4 +1,4 @@
-"""The only folder that knows Ray."""
+"""The only folder that knows Ray. `play` and `untrained` do without."""
 
 import os
 

@@ -10,8 +10,8 @@ import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from rlcompress.rl.cluster import problem_of
+from rlcompress.rl.play import ENVIRONMENT
 
-ENVIRONMENT = "envs:rlcompress/Compression-v0"
 RECORDS = "records"
 
 _instances = itertools.count()

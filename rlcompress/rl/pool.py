@@ -16,6 +16,7 @@ from rlcompress.core.policy import Policy
 from rlcompress.core.problem import Bundle
 from rlcompress.core.schedule import Measurement, Schedule
 from rlcompress.rl.cluster import problem_of, share
+from rlcompress.rl.play import greedy
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,6 @@ class Pool:
                 yield ray.get(waiting.popleft())
         while waiting:
             yield ray.get(waiting.popleft())
-
-
-def greedy(policy: Policy, env: gym.Env[Any, Any], target: float) -> dict[str, Any]:
-    """One episode of the policy's most probable actions; the last step's info."""
-    observation, _ = env.reset(options={"target": target})
-    while True:
-        observation, _, done, _, info = env.step(policy.best_action(observation))
-        if done:
-            return info
 
 
 def _measure(bundle: list[Any], schedule: str) -> dict[str, Any]:

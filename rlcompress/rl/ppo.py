@@ -25,9 +25,10 @@ from rlcompress.core.policy import Policy, PolicyShape, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.cluster import share, start_ray
-from rlcompress.rl.environment import ENVIRONMENT, RECORDS, CollectRecords, make
+from rlcompress.rl.environment import RECORDS, CollectRecords, make
 from rlcompress.rl.module import PolicyModule
-from rlcompress.rl.pool import Pool, greedy
+from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape
+from rlcompress.rl.pool import Pool
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers.base import Settings, targets
 
@@ -36,12 +37,6 @@ FIRST, LAST = 0.05, 0.15
 #: Iterations without a finished episode before the search gives up.
 MOST_IDLE = 5
 REGISTERED = "rlcompress-environment"
-
-
-def environment_options(ppo: PPOSpec) -> dict[str, Any]:
-    """What the environment is told of the settings."""
-    names = ("kl_weight", "accuracy_weight", "shaping", "gamma", "temperature")
-    return {name: getattr(ppo, name) for name in names}
 
 
 def config(
@@ -133,7 +128,7 @@ def search(
     """
     problem.require_reachable(settings.target)
     env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **environment_options(ppo))
-    shape = _shape(env, ppo.hidden)
+    shape = policy_shape(env, ppo.hidden)
     total, count = settings.evaluations, len(history)
     first = min(total, max(1, round(FIRST * total)))
     last = min(total - first, max(1, round(LAST * total)))
@@ -201,17 +196,6 @@ def search(
         yield from map(record, pool.play(policy, ENVIRONMENT, options, wanted))
     else:
         yield from (record(greedy(policy, env, target)) for target in wanted)
-
-
-def _shape(env: gym.Env[Any, Any], hidden: int) -> PolicyShape:
-    spaces = env.observation_space
-    assert isinstance(spaces, gym.spaces.Dict)
-    return PolicyShape(
-        action_columns=int(spaces["actions"].shape[1]),  # type: ignore[index]
-        state_columns=int(spaces["state"].shape[0]),  # type: ignore[index]
-        hidden=hidden,
-        observation_version=env.get_wrapper_attr("observation_version"),
-    )
 
 
 def _trained(algorithm: PPO, shape: PolicyShape) -> Policy:

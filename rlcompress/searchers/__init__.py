@@ -11,15 +11,18 @@ from rlcompress.searchers.base import Measure, Search, Settings, in_process
 
 __all__ = ["SEARCHERS", "Measure", "Search", "Settings", "find", "in_process"]
 
-SEARCHERS = ("uniform", "random", "knapsack")
+SEARCHERS = ("uniform", "taylor", "random", "knapsack", "local", "evolution")
 
 
 def find(name: str) -> Search:
     """The search function of a searcher that needs no Ray. Raises KeyError on another name."""
-    from rlcompress.searchers import knapsack, random, uniform
+    from rlcompress.searchers import evolution, knapsack, local, random, taylor, uniform
 
     return {
         "uniform": uniform.search,
+        "taylor": taylor.search,
         "random": random.search,
         "knapsack": knapsack.search,
+        "local": local.search,
+        "evolution": evolution.search,
     }[name]

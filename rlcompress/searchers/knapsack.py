@@ -1,4 +1,4 @@
-"""The integer program on the estimates: least estimated KL within a size, by SciPy's HiGHS.
+"""The integer program on sensitivities: least sum of losses within a size, by SciPy's HiGHS.
 
 Binary x[g,k]: group g keeps ratio k. Binary w[l,k,b]: layer l has output ratio k and bits b.
 A layer's bytes are a product of its input and output widths; z[link,i,k,b] stands for the
@@ -22,9 +22,18 @@ from scipy.sparse import coo_array
 
 from rlcompress.core.cost import FLOAT_BYTES, vector_bytes
 from rlcompress.core.graph import Layer
+from rlcompress.core.prior import Losses
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
-from rlcompress.searchers.base import Measure, Settings, measured, spread_order, targets
+from rlcompress.searchers.base import (
+    Measure,
+    Proposal,
+    Settings,
+    measured,
+    probed,
+    spread_order,
+    targets,
+)
 
 #: Sizes solved for: more than that differ by a few channels.
 MOST_TARGETS = 24
@@ -45,11 +54,11 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-class _Program:
+class Program:
     """Collects variables and rows of the integer program."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.prior = problem, problem.prior
+    def __init__(self, problem: Problem, losses: Losses) -> None:
+        self.problem, self.prior, self.losses = problem, problem.prior, losses
         self.cost: list[float] = []
         self.size: list[float] = []
         self.integer: list[int] = []
@@ -75,7 +84,7 @@ class _Program:
         self.right.append(right)
 
     def _group(self, name: str) -> np.ndarray:
-        losses = self.prior.losses.prune_GK[self.column[name]]
+        losses = self.losses.prune_GK[self.column[name]]
         x = np.array(
             [self._variable(loss, 0.0, True) if np.isfinite(loss) else -1 for loss in losses]
         )
@@ -101,7 +110,7 @@ class _Program:
             [
                 [
                     self._variable(
-                        float(self.prior.losses.quantize_LB[index, b]),
+                        float(self.losses.quantize_LB[index, b]),
                         count
                         * (float(vector_bytes(width, biased)) + fixed * layer.kernel * width / 8),
                         True,
@@ -178,15 +187,19 @@ class _Program:
 def search(
     problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
 ) -> Iterator[Record]:
-    """One program for each of at most `MOST_TARGETS` sizes; needs no evaluation to propose."""
+    """One program for each of at most `MOST_TARGETS` sizes, on estimates, which takes no evaluation
+    to propose, or on sensitivities that the first evaluations measure."""
     problem.require_reachable(settings.target)
+    losses, spent = yield from probed("knapsack", problem, settings, history, measure)
 
-    def proposals() -> Iterator[tuple[Schedule, float]]:
-        program = _Program(problem)
+    def proposals() -> Iterator[Proposal]:
+        yield from ((record.schedule, None) for record in spent)
+        program = Program(problem, losses)
         sizes = targets(settings, MOST_TARGETS)
         for target in (sizes[i] for i in spread_order(MOST_TARGETS)):
             schedule = program.solve(problem.dense.bytes / target)
             if schedule is not None:
                 yield schedule, target
 
-    return measured("knapsack", settings, history, measure, proposals())
+    past = [*spent, *history[len(spent) :]]
+    yield from measured("knapsack", settings, past, measure, proposals())

@@ -8,13 +8,13 @@ import numpy as np
 
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
-from rlcompress.searchers.base import Measure, Settings, measured
+from rlcompress.searchers.base import Measure, Proposal, Settings, measured
 
 TOLERANCE = 0.95
 CHANGES = 20
 
 
-def _draw(problem: Problem, max_bytes: float, rng: np.random.Generator) -> Schedule:
+def draw(problem: Problem, max_bytes: float, rng: np.random.Generator) -> Schedule:
     """A uniform draw, then random single changes towards the size, the last ones only down."""
     costs = problem.evaluator.costs
     options: dict[tuple[str, str], tuple[float, ...]] = {
@@ -50,10 +50,10 @@ def search(
     """Targets are drawn log-uniformly, as the policy's goals are."""
     problem.require_reachable(settings.target)
 
-    def proposals() -> Iterator[tuple[Schedule, float]]:
+    def proposals() -> Iterator[Proposal]:
         for i in range(settings.evaluations):
             rng = np.random.default_rng([settings.seed, i])
             target = float(np.exp(rng.uniform(*np.log(settings.target))))
-            yield _draw(problem, problem.dense.bytes / target, rng), target
+            yield draw(problem, problem.dense.bytes / target, rng), target
 
     return measured("random", settings, history, measure, proposals())

@@ -66,7 +66,7 @@ def _search_with(
     run: Workspace, name: str, budget: int, history: list[Record], records: list[Record]
 ) -> None:
     e, folder = run.experiment, run.folder / "search"
-    settings = Settings(budget, e.search.target, e.seed)
+    settings = Settings(budget, e.search.target, e.seed, e.search.sensitivity)
     run.problem.require_reachable(settings.target)
     if not records:
         for line in notes(run.structure, run.problem.evaluator):
@@ -102,6 +102,10 @@ def _records(
     run: Workspace, name: str, settings: Settings, history: Sequence[Record], curve: JsonLines
 ) -> Iterator[Record]:
     e = run.experiment.ppo
+    if name == "untrained":
+        from rlcompress.rl import untrained
+
+        return untrained.search(run.problem, settings, history, ppo=e)
     if name != "ppo":
         measure = searchers.in_process(run.problem)
         if run.has_workers():

@@ -101,10 +101,10 @@ def test_the_written_network_scores_as_the_evaluator_said(
         logits = load_artifact(tmp_path / "a")(score.images())
     accuracy, loss, kl = compare(logits, dense, score.labels_N)
     assert (tmp_path / "a").stat().st_size == said.bytes
-    # Half-float scales and biases may tip an image or two.
+    # Scales and biases of a byte each may tip an image or two.
     assert accuracy == pytest.approx(said.accuracy, abs=2.5 / len(score))
     assert loss == pytest.approx(said.loss, rel=0.03)
-    assert kl == pytest.approx(said.kl, rel=0.03)
+    assert kl == pytest.approx(said.kl, rel=0.06)
 
 
 def test_reconstruction_beats_batch_norms_beat_nothing(make_evaluator, uniform):
@@ -161,7 +161,7 @@ def test_depthwise_and_residual_networks_are_written_as_scored(net, net_estimate
     dense = net.out(net.model)[4:]
     assert compare(net.out(fake)[4:], dense, labels)[2] == pytest.approx(said.kl, rel=1e-3)
     write_network(tmp_path / "a", small, net.network, net.ref, schedule)
-    # Half-float scales and biases in up to 53 untrained layers, four images.
+    # Scales and biases of a byte each in up to 53 untrained layers, four images.
     back = net.out(load_artifact(tmp_path / "a"))[4:]
     assert compare(back, dense, labels)[2] == pytest.approx(said.kl, rel=0.15)
 
@@ -193,13 +193,13 @@ def test_low_precision_says_nearly_the_same(make_evaluator, trained, uniform, sc
     exact = make_evaluator(recovery=recovery).evaluate(schedule)
     rough_evaluator = make_evaluator(recovery=recovery, precision="bfloat16")
     rough = rough_evaluator.evaluate(schedule)
-    assert rough.kl == pytest.approx(exact.kl, rel=0.2)
+    assert rough.kl == pytest.approx(exact.kl, rel=0.4)
     assert rough.bytes == exact.bytes
     # What it fitted is a network of its own, in full precision.
     small = fitted_network(trained.model, rough_evaluator, schedule)
     with torch.no_grad():
         dense, logits = trained.model(score.images()), small.model(score.images())
-    assert compare(logits, dense, score.labels_N)[2] == pytest.approx(exact.kl, rel=0.2)
+    assert compare(logits, dense, score.labels_N)[2] == pytest.approx(exact.kl, rel=0.4)
 
 
 def test_training_steps_recover_more_than_batch_norms(make_evaluator, uniform):

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlcompress.core.cost import CostModel
-from rlcompress.core.prior import Prior
+from rlcompress.core.prior import Losses, Prior
 from rlcompress.core.schedule import Schedule
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["refitted", "plain"])
 def prior(request, net, net_estimates) -> Prior:
-    return Prior(net.network, net_estimates, CostModel(net.network), refitted=request.param)
+    losses = Losses.of(net.network, net_estimates, refitted=request.param)
+    return Prior(net.network, CostModel(net.network), losses)
 
 
 def test_a_rungs_bytes_are_its_schedules(prior):
@@ -63,7 +64,8 @@ def test_an_impossible_size_gets_the_smallest(prior):
 def test_estimates_beat_the_same_choice_everywhere(trained, estimates, make_evaluator, uniform):
     """The prior's schedule, at the size of a uniform one, is closer to the dense network."""
     evaluator = make_evaluator()
-    prior = Prior(trained.network, estimates, evaluator.costs, refitted=True)
+    losses = Losses.of(trained.network, estimates, refitted=True)
+    prior = Prior(trained.network, evaluator.costs, losses)
     plain = evaluator.evaluate(uniform(0.4, 3))
     assert evaluator.evaluate(prior.schedule(plain.bytes)).kl < plain.kl
 

@@ -1,0 +1,120 @@
+"""Simulated annealing from the knapsack's answers (Kirkpatrick et al., 1983), cold.
+
+A chain for each of a few sizes starts at the integer program's answer on the sensitivities. A move
+changes one choice by one step and, where that leaves the size, gives bytes back elsewhere. Of a few
+random moves the one is measured that the sensitivities think best; of what a round has measured for
+all chains, a chain takes the best that fits it, if Metropolis' rule on the error's logarithm
+lets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rlcompress.core.prior import Losses
+from rlcompress.core.problem import Problem
+from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.searchers.base import (
+    Batches,
+    Measure,
+    Settings,
+    measured_in_batches,
+    probed,
+    spread_order,
+    targets,
+)
+from rlcompress.searchers.genes import Genes
+from rlcompress.searchers.knapsack import Program
+
+CHAINS = 8
+#: Decades of KL: the noise of a few hundred images, so that a chain is not held by it.
+TEMPERATURE = 0.02
+#: A chain's schedules use at least this share of its bytes.
+FULLNESS = 0.95
+#: Random moves that one is chosen from, draws to find them in, and steps to give bytes back in.
+MOVES, DRAWS, STEPS = 8, 64, 12
+FLOOR = 1e-6
+
+
+def search(
+    problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
+) -> Iterator[Record]:
+    """Every chain proposes one schedule a round; none is measured twice."""
+    problem.require_reachable(settings.target)
+    losses, spent = yield from probed("local", problem, settings, history, measure)
+    past = [*spent, *history[len(spent) :]]
+    batches = _anneal(problem, settings, losses)
+    yield from measured_in_batches("local", settings, past, measure, batches, before=len(spent))
+
+
+def _starts(problem: Problem, losses: Losses, wanted: Sequence[float]) -> list[Schedule]:
+    """The knapsack's answers, or the prior's where the solver has none in time."""
+    program, prior = Program(problem, losses), problem.with_losses(losses).prior
+    sizes = [problem.dense.bytes / target for target in wanted]
+    return [program.solve(size) or prior.schedule(size) for size in sizes]
+
+
+def _anneal(problem: Problem, settings: Settings, losses: Losses) -> Batches:
+    def score(measurement: Measurement) -> float:
+        return float(np.log10(max(measurement.error(problem.score), FLOOR)))
+
+    genes, rng = Genes(problem), np.random.default_rng(settings.seed)
+    sizes = targets(settings, CHAINS)
+    wanted = [sizes[i] for i in spread_order(CHAINS)]
+    limits = [problem.dense.bytes / target for target in wanted]
+    starts = _starts(problem, losses, wanted)
+    chains = [genes.of(schedule) for schedule in starts]
+    # Neighbouring sizes may have one answer.
+    first: dict[Schedule, float] = {}
+    for schedule, target in zip(starts, wanted, strict=True):
+        first[schedule] = max(target, first.get(schedule, target))
+    found = yield list(first.items())
+    score_of = dict(zip(first, map(score, found), strict=True))
+    scores = [score_of[schedule] for schedule in starts]
+    seen = {start.tobytes() for start in chains}
+    while True:
+        proposals: dict[int, np.ndarray] = {}
+        for chain, limit in enumerate(limits):
+            move = _move(genes, chains[chain], limit, losses, seen, rng)
+            if move is not None:
+                proposals[chain] = move
+                seen.add(move.tobytes())
+        if not proposals:
+            return
+        found = yield [(genes.schedule(move), wanted[c]) for c, move in proposals.items()]
+        moves = list(proposals.values())
+        for chain, limit in enumerate(limits):
+            fitting = [i for i, m in enumerate(found) if m.bytes <= limit]
+            if not fitting:
+                continue
+            best = min(fitting, key=lambda i: score(found[i]))
+            worse = score(found[best]) - scores[chain]
+            if worse <= 0 or rng.random() < np.exp(-worse / TEMPERATURE):
+                chains[chain], scores[chain] = moves[best], score(found[best])
+
+
+def _move(
+    genes: Genes,
+    start_N: np.ndarray,
+    limit: float,
+    losses: Losses,
+    seen: set[bytes],
+    rng: np.random.Generator,
+) -> np.ndarray | None:
+    """Of `MOVES` unseen neighbours within `limit` bytes the one of least losses; None if
+    `DRAWS` found none."""
+    found: list[np.ndarray] = []
+    for _ in range(DRAWS):
+        moved_N = start_N.copy()
+        gene = rng.integers(len(moved_N))
+        moved_N[gene] += rng.choice((-1, 1))
+        if not 0 <= moved_N[gene] <= genes.top_N[gene]:
+            continue
+        fitted_N = genes.fit(moved_N, (FULLNESS * limit, limit), rng, STEPS)
+        if fitted_N is not None and fitted_N.tobytes() not in seen:
+            found.append(fitted_N)
+        if len(found) == MOVES:
+            break
+    return min(found, key=lambda row: genes.loss(row, losses), default=None)
