@@ -333,6 +333,8 @@ def test_winners_are_the_densest_at_the_floor_on_the_front(ran):
     ]
     assert [r.evaluation for r in winners(run, records)] == [3, 2]
     assert [r.evaluation for r in winners(run, records[3:4])] == [4]  # nothing better is there
+    probe = made(6, 0.0, int(dense.bytes / 1.2), 0.01)
+    assert [r.evaluation for r in winners(run, [probe, records[3]])] == [4]
     with pytest.raises(UserError, match="knapsack has measured nothing"):
         winners(run, [])
 
