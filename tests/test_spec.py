@@ -52,7 +52,7 @@ class TestShippedExperiments:
 
     def test_six(self):
         pairs = [f"{n}-{d}" for n in ("vgg19", "mobilenetv2") for d in ("fashion", "cifar10")]
-        assert set(self.names) == {"quickstart", "quickstart-mobilenet", *pairs}
+        assert set(self.names) == {"quickstart", "quickstart-mobilenet", "resnet18-fashion", *pairs}
 
     @pytest.mark.parametrize("name", names)
     def test_resolve_with_a_description(self, name):
