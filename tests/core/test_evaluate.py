@@ -99,10 +99,10 @@ def test_the_written_network_scores_as_the_evaluator_said(
         logits = load_artifact(tmp_path / "a")(score.images())
     accuracy, loss, kl = compare(logits, dense, score.labels_N)
     assert (tmp_path / "a").stat().st_size == said.bytes
-    # Half-float scales and biases may tip an image or two.
+    # Rounded scales and biases may tip an image or two, and move the KL to either side.
     assert accuracy == pytest.approx(said.accuracy, abs=2.5 / len(score))
     assert loss == pytest.approx(said.loss, rel=0.03)
-    assert kl == pytest.approx(said.kl, rel=0.03)
+    assert kl == pytest.approx(said.kl, rel=0.03 if bits == 32 else 0.1)
 
 
 def test_reconstruction_beats_batch_norms_beat_nothing(make_evaluator, uniform):
