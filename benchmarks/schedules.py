@@ -9,7 +9,6 @@ import numpy as np
 
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Schedule
-from rlcompress.searchers.random import _draw
 
 #: How far from a size its schedules may be.
 WITHIN = 0.03
@@ -103,12 +102,12 @@ def diverse(problem: Problem, size: float, seed: int) -> Iterator[tuple[str, Sch
     for number, (kind, share) in enumerate(kinds):
         rng = np.random.default_rng([seed, number])
         if kind == "prior":
-            start = problem.prior.schedule(size)
+            choices = _choices(options, problem.prior.schedule(size))
         elif kind == "uniform":
-            start = _uniform(problem, size, int(rng.choice(problem.bits)))
+            choices = _choices(options, _uniform(problem, size, int(rng.choice(problem.bits))))
         else:
-            start = _draw(problem, size * (1 + WITHIN), rng)
-        choices = _moved(options, _choices(options, start), share, rng)
+            choices = {name: int(rng.integers(len(values))) for name, values in options.items()}
+        choices = _moved(options, choices, share, rng)
         schedule = _fitted(problem, options, choices, size, rng)
         if schedule is not None and schedule not in seen:
             seen.add(schedule)
