@@ -8,10 +8,17 @@ core); trained once, all of them share it.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from rlcompress import spec
+from rlcompress.core.data import Split
+from rlcompress.core.problem import Bundle, make_bundle
+from rlcompress.core.sensitivity import estimate
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.workspace import Workspace
 
@@ -23,14 +30,67 @@ EXPERIMENTS = {
 }
 
 
-def workspace(experiment: str, *overrides: str) -> Workspace:
-    """The experiment with `KEY=VALUE` overrides, its dense network trained."""
+def workspace(experiment: str, *overrides: str, name: str = "") -> Workspace:
+    """The experiment with `KEY=VALUE` overrides, its dense network trained. Overrides that change
+    the dense network need a `name` of their own for the folder."""
     resolved = spec.resolve(
         spec.load_experiments(Path("experiments.yaml")), experiment, list(overrides)
     )
-    run = Workspace(experiment, resolved, Path("runs") / f"benchmark-{experiment}")
+    run = Workspace(experiment, resolved, Path("runs") / f"benchmark-{name or experiment}")
     train_dense(run)
     return run
+
+
+def identity(run: Workspace) -> str:
+    """Eight hex digits of the trained dense network: what rows were measured on."""
+    content = (run.folder / "dense" / "trained.safetensors").read_bytes()
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def bundle(
+    run: Workspace,
+    *,
+    seed: int,
+    fit_images: int = 256,
+    score_images: int = 256,
+    positions: int = 2048,
+    recovery: str = "reconstruct",
+    **options: Any,
+) -> Bundle:
+    """A search problem on the run's dense network whose images are drawn by `seed`, not by the
+    run's: fitted ones from the train split, scored ones from the validation split (the rest of it
+    is `held_back`). `options` are `make_bundle`'s others."""
+    e = run.experiment
+    fit = run.data.train.sample(fit_images, seed)
+    score, _ = run.data.score_and_selection(score_images, seed)
+    dense = run.network("trained").to(memory_format=torch.channels_last)
+    images = fit.images(slice(0, e.calibration.estimate_images))
+    estimates = estimate(
+        dense,
+        run.structure,
+        images.contiguous(memory_format=torch.channels_last),
+        keeps=e.search.keeps,
+        bits=e.search.bits,
+        clip=e.search.clip,
+        seed=seed,
+    )
+    return make_bundle(
+        dense,
+        run.ref,
+        run.structure,
+        fit,
+        score,
+        estimates,
+        recovery=recovery,
+        positions=positions,
+        seed=seed,
+        **options,
+    )
+
+
+def held_back(run: Workspace, *, seed: int, score_images: int = 256) -> Split:
+    """The validation images that `bundle` with the same seed leaves alone."""
+    return run.data.score_and_selection(score_images, seed)[1]
 
 
 if __name__ == "__main__":

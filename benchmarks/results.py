@@ -1,7 +1,9 @@
-"""Result files: `benchmarks/results/<name>.json`, one form for all benchmarks."""
+"""Result files: `benchmarks/results/<name>.json`, one form for all benchmarks; and the rows that
+a long benchmark has measured so far."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -14,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rlcompress.core.files import JsonLines, save_json
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -21,6 +25,38 @@ def figure(values: Sequence[float], unit: str) -> dict[str, Any]:
     """Mean and standard deviation over n seeds."""
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"value": statistics.mean(values), "unit": unit, "sd": sd, "n": len(values)}
+
+
+def median_figure(values: Sequence[float], unit: str) -> dict[str, Any]:
+    """Median and standard deviation of n timings."""
+    return {**figure(values, unit), "value": statistics.median(values)}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of `Rows`; [] without one."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class Rows:
+    """A file of measured rows, each on the disk before `append` returns, so that a benchmark
+    that is stopped goes on behind them. One process may write it, any may read it."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 (held until the end)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{path}: another process is writing it") from None
+        self.rows = read_rows(path)
+        self._file = JsonLines(path)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self._file.append(json.dumps(row, separators=(",", ":")))
+        self.rows.append(dict(row))
 
 
 def _git(*words: str) -> str:
@@ -51,5 +87,5 @@ def write(name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any
     }
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    save_json(path, content)
     return path

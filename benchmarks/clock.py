@@ -1,0 +1,76 @@
+"""Where an env runner's time goes: timers put around its parts from outside, in its own process."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from envs.observation import Observer
+from rlcompress.core.incremental import IncrementalEvaluator
+from rlcompress.rl.environment import CollectRecords
+from rlcompress.rl.module import PolicyModule
+
+CLOCK = "clock"
+#: Seconds of this process so far.
+_totals: dict[str, float] = defaultdict(float)
+
+
+def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function; its seconds are added to `name`."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _totals[name] += time.perf_counter() - begun
+
+    return wrapper
+
+
+def seconds(name: str) -> float:
+    return _totals[name]
+
+
+def _time_methods(name: str, owner: Any, *methods: str) -> None:
+    for method in methods:
+        found = getattr(owner, method)
+        if not hasattr(found, "__wrapped__"):
+            setattr(owner, method, timed(name, found))
+
+
+class TimedRecords(CollectRecords):
+    """`CollectRecords` that also sends, an iteration, this runner's seconds so far:
+
+    evaluator    IncrementalEvaluator's advance and finish
+    observer     observations and masks
+    environment  step and reset of all environments, with the two above
+    policy       forward passes that choose actions
+    sample       the whole of `sample`
+    """
+
+    def on_environment_created(
+        self, *, env_runner: Any, metrics_logger: Any, env: Any, env_context: Any, **kwargs: Any
+    ) -> None:
+        _time_methods("evaluator", IncrementalEvaluator, "advance", "finish")
+        _time_methods("observer", Observer, "observe")
+        _time_methods("environment", env, "step", "reset")
+        _time_methods("policy", PolicyModule, "forward_exploration")
+        sample = env_runner.sample
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            self.begun = time.perf_counter()
+            return sample(*args, **kwargs)
+
+        env_runner.sample = begin
+
+    def on_sample_end(
+        self, *, env_runner: Any, metrics_logger: Any, samples: Any, **kwargs: Any
+    ) -> None:
+        _totals["sample"] += time.perf_counter() - self.begun
+        row = {"runner": env_runner.worker_index, **_totals}
+        metrics_logger.log_value(CLOCK, row, reduce="item_series")
