@@ -55,6 +55,7 @@ def bundle(
     score_images: int = 256,
     positions: int = 2048,
     recovery: str = "reconstruct",
+    precision: str = "auto",
     **options: Any,
 ) -> Bundle:
     """A search problem on the run's dense network whose images are drawn by `seed`, not by the
@@ -62,7 +63,7 @@ def bundle(
     is `held_back`). `options` are `make_bundle`'s others."""
     e = run.experiment
     fit = run.data.train.sample(fit_images, seed)
-    score, _ = run.data.score_and_selection(score_images, seed)
+    score, _, _ = run.data.validation_parts(score_images, 0, seed)
     dense = run.network("trained").to(memory_format=torch.channels_last)
     images = fit.images(slice(0, e.calibration.estimate_images))
     estimates = estimate(
@@ -83,6 +84,7 @@ def bundle(
         estimates,
         recovery=recovery,
         positions=positions,
+        precision=precision,
         seed=seed,
         **options,
     )
@@ -90,7 +92,7 @@ def bundle(
 
 def held_back(run: Workspace, *, seed: int, score_images: int = 256) -> Split:
     """The validation images that `bundle` with the same seed leaves alone."""
-    return run.data.score_and_selection(score_images, seed)[1]
+    return run.data.validation_parts(score_images, 0, seed)[2]
 
 
 if __name__ == "__main__":

@@ -15,12 +15,16 @@ V = TypeVar("V", bound=Sized)
 
 
 class ByteCache(Generic[V]):
-    """Values by key, at most `max_bytes` of them; what alone is larger is not kept."""
+    """Values by key, at most `max_bytes` of them; what alone takes more than `largest_share` of
+    that is not kept."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int, largest_share: float = 1.0) -> None:
+        self.max_bytes, self._largest = max_bytes, max_bytes * largest_share
         self.bytes = self.hits = self.misses = 0
         self._entries: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
 
     def get(self, key: Hashable) -> V | None:
         entry = self._entries.get(key)
@@ -33,7 +37,7 @@ class ByteCache(Generic[V]):
 
     def put(self, key: Hashable, value: V) -> None:
         size = value.nbytes()
-        if size > self.max_bytes or key in self._entries:
+        if size > self._largest or key in self._entries:
             return
         self._entries[key] = (value, size)
         self.bytes += size

@@ -21,11 +21,14 @@ from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.graph import Layer, Network, kept_mask
 from rlcompress.core.prefix import Prefix, Step, touched
 from rlcompress.core.reading import NORMS
-from rlcompress.core.schedule import FULL_PRECISION
+from rlcompress.core.schedule import FULL_PRECISION, Schedule
 from rlcompress.core.trace import trace
 
 Values = dict[fx.Node, Any]
 _SUMS = (operator.add, operator.iadd, torch.add)
+#: Of the cache, for one prefix. The wide ones of the first layers would drive out many narrow ones,
+#: each of which saves all that comes before it.
+LARGEST_SHARE = 1 / 8
 #: Of a batch norm, per unit of its input.
 LEAST_GAIN = 1e-3
 
@@ -56,7 +59,7 @@ class IncrementalEvaluator(Evaluator):
     ) -> None:
         self._fx = trace(model, fit[:1], network.layers)
         super().__init__(model, network, fit, *data, **options)
-        self.cache: ByteCache[Prefix] = ByteCache(cache_bytes - cache_bytes // 4)
+        self.cache: ByteCache[Prefix] = ByteCache(cache_bytes - cache_bytes // 4, LARGEST_SHARE)
         self._modules = dict(self._fx.named_modules())
         self._norms = {norm.name: norm for norm in network.norms}
         self._segments = self._split()
@@ -85,7 +88,7 @@ class IncrementalEvaluator(Evaluator):
 
     def _empty(self) -> None:
         """Caches of its own, as large as they were."""
-        self.cache = ByteCache(self.cache.max_bytes)
+        self.cache = ByteCache(self.cache.max_bytes, LARGEST_SHARE)
         self._fits = ByteCache(self._fits.max_bytes)
 
     # --- structure -------------------------------------------------------------------------
@@ -234,6 +237,19 @@ class IncrementalEvaluator(Evaluator):
 
     def begin(self) -> Prefix:
         return self._start
+
+    def run(self, schedule: Schedule, *, collect: bool = False) -> Prefix:
+        """From the longest beginning that is cached on."""
+        self.network.validate(schedule)
+        choices = self.choices(schedule)
+        prefix = self._start
+        for t in range(0 if collect else len(choices), 0, -1):
+            if choices[:t] in self.cache:
+                prefix = self.cache.get(choices[:t]) or prefix
+                break
+        for keep, bits in choices[len(prefix.choices) :]:
+            prefix = self.advance(prefix, keep, bits, collect=collect)
+        return prefix
 
     def advance(self, prefix: Prefix, keep: float, bits: int, *, collect: bool = False) -> Prefix:
         layer = self.layers[len(prefix.choices)]
