@@ -1,0 +1,314 @@
+"""Searchers with equally many evaluations, on the same problems, over seeds.
+
+    uv run python -m benchmarks.searchers                              # hours; goes on if stopped
+    uv run python -m benchmarks.searchers --networks mobilenetv2       # two networks: two processes
+    uv run python -m benchmarks.searchers --searchers local --evaluations 300 --networks vgg19
+    uv run python -m benchmarks.searchers --quick                      # 12 evaluations, 2 seeds
+
+A seed draws the calibration images (256 fitted, 256 scored) and is the search's own; all searchers
+of a seed share estimates and evaluator. The dense networks are those of `benchmarks.networks`.
+
+volume    hypervolume of (log size ratio, accuracy) above the low end of the target range and 10
+          points below dense, as a share of the rectangle up to its high end and dense accuracy;
+          `searched` on the images that scored the search, `checked` on others: at most 12 schedules
+          of the front (bytes, KL), within 3 points of dense on the search's images, are fitted anew
+          on 1,024 other training images and measured on the validation images held back
+ratio     dense bytes / least bytes within 1 point of dense, `checked`
+
+`ppo100_minus_best100_NETWORK`: relative difference of the checked volume, paired by seed, between
+ppo and whichever other searcher has the best mean.
+
+Every evaluation is a line of runs/searchers-NETWORK-SEED.jsonl as soon as it is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import results
+from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, workspace
+from rlcompress.core.pareto import archive_front, hypervolume
+from rlcompress.core.problem import Bundle, Problem
+from rlcompress.core.schedule import Record, Schedule
+from rlcompress.core.ticket import Task, fitted_network
+from rlcompress.core.train import top1
+from rlcompress.searchers import Settings, find, in_process
+from rlcompress.stages.workspace import Workspace
+
+SEARCHED = ("uniform", "taylor", "random", "evolution", "knapsack", "local", "untrained", "ppo")
+IMAGES = 256
+CHECK_FIT_IMAGES = 1024
+#: Added to the seed that draws the images of the fresh fit.
+CHECK_SEED = 10_000
+#: Points of accuracy: the volume's reference, what is worth checking, what is a good schedule.
+REFERENCE, WORTH, GOOD = 10.0, 3.0, 1.0
+MOST_CHECKED = 12
+Target = tuple[float, float]
+
+
+def path_of(network: str, seed: int) -> Path:
+    return Path("runs") / f"searchers-{network}-{seed}.jsonl"
+
+
+def key_of(run: Workspace) -> str:
+    low, high = run.experiment.search.target
+    return f"{identity(run)} {IMAGES} {low:g}-{high:g}"
+
+
+def records_of(
+    name: str,
+    run: Workspace,
+    known: Bundle,
+    problem: Problem,
+    settings: Settings,
+    history: Sequence[Record],
+    runners: int,
+    folder: Path,
+) -> Iterator[Record]:
+    """What a searcher measures behind its `history`."""
+    spec = run.experiment.ppo.model_copy(update={"num_env_runners": runners})
+    if name == "untrained":
+        from rlcompress.rl import untrained
+
+        return untrained.search(problem, settings, history, ppo=spec)
+    if name == "ppo":
+        from rlcompress.rl import ppo
+
+        return ppo.search(known, problem, settings, history, ppo=spec, folder=folder)
+    return find(name)(problem, settings, history, in_process(problem))
+
+
+@dataclass
+class Problems:
+    """One seed's problem, built when something is to be measured."""
+
+    run: Workspace
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.known = bundle(self.run, seed=self.seed, fit_images=IMAGES, score_images=IMAGES)
+        self.problem = self.known.problem()
+        self.model = self.known.model().to(memory_format=torch.channels_last)
+        self.held_back = held_back(self.run, seed=self.seed, score_images=IMAGES)
+
+    def fresh(self) -> Problem:
+        """The same choices, channels and clips on images that no search has seen."""
+        fit = self.run.data.train.sample(CHECK_FIT_IMAGES, CHECK_SEED + self.seed)
+        few = replace(self.known, score_NCHW=self.known.score_NCHW[:16], cache_bytes=0)
+        few = replace(few, labels_N=self.known.labels_N[:16])
+        return replace(few, fit_NCHW=fit.images().numpy()).problem()
+
+    def check(self, fresh: Problem, schedule: Schedule) -> float:
+        """Accuracy (0-1) on the validation images held back."""
+        small = fitted_network(self.model, fresh.evaluator, schedule)
+        return top1(Task(small, fresh.network, schedule).prepared(), self.held_back)
+
+
+def own_records(rows: Iterable[dict[str, Any]], name: str, budget: int) -> list[Record]:
+    return [
+        Record.from_json(json.dumps(row["record"]))
+        for row in rows
+        if row["kind"] == "record" and (row["searcher"], row["budget"]) == (name, budget)
+    ]
+
+
+def worth_checking(records: Sequence[Record], dense: float) -> list[Record]:
+    """At most `MOST_CHECKED` of the front, evenly over it."""
+    front = [r for r in archive_front(records) if r.measurement.accuracy >= dense - WORTH / 100]
+    count = min(MOST_CHECKED, len(front))
+    return [front[round(i)] for i in np.linspace(0, len(front) - 1, count)]
+
+
+def measure(
+    network: str, seed: int, names: Sequence[str], budget: int, runners: int, folder: Path
+) -> None:
+    """Searches and checks what is missing of one seed."""
+    run = workspace(EXPERIMENTS[network])
+    torch.set_num_threads(1)
+    key, target = key_of(run), run.experiment.search.target
+    rows = results.Rows(path_of(network, seed))
+
+    def mine() -> list[dict[str, Any]]:
+        return [row for row in rows.rows if row["key"] == key]
+
+    def done(name: str) -> bool:
+        return any(
+            row["kind"] == "done" and (row["searcher"], row["budget"]) == (name, budget)
+            for row in mine()
+        )
+
+    missing = [name for name in names if not done(name)]
+    if not missing:
+        return
+    problems = Problems(run, seed)
+    if not any(row["kind"] == "dense" for row in mine()):
+        accuracy = top1(problems.model, problems.held_back)
+        dense = problems.problem.dense
+        found = {"searched": dense.accuracy, "checked": accuracy, "bytes": dense.bytes}
+        rows.append({"key": key, "kind": "dense", **found})
+    fresh = problems.fresh()
+    for name in missing:
+        about = {"key": key, "searcher": name, "budget": budget}
+        history = own_records(mine(), name, budget)
+        settings = Settings(budget, target, seed)
+        known, problem = problems.known, problems.problem
+        begun = time.monotonic()
+        searched = records_of(
+            name, run, known, problem, settings, history, runners, folder / f"{name}-{budget}"
+        )
+        for record in searched:
+            seconds = time.monotonic() - begun
+            found = {"seconds": seconds, "record": json.loads(record.to_json())}
+            rows.append({"kind": "record", **about, **found})
+        checked = {row["digest"] for row in mine() if row["kind"] == "checked"}
+        all_records = own_records(mine(), name, budget)
+        for record in worth_checking(all_records, problem.dense.accuracy):
+            digest = record.schedule.digest()
+            if digest not in checked:
+                accuracy = problems.check(fresh, record.schedule)
+                rows.append({"key": key, "kind": "checked", "digest": digest, "accuracy": accuracy})
+        rows.append({"kind": "done", **about})
+        seconds = time.monotonic() - begun
+        said = f"{len(all_records)} of {budget} evaluations, {seconds:.0f} s"
+        print(f"{network} seed {seed} {name}: {said}", flush=True)
+
+
+def volume(points: Sequence[tuple[float, float]], dense: float, target: Target) -> float:
+    """Of (size ratio, accuracy) pairs, 0-1."""
+    low, high = np.log(target)
+    floor = dense - REFERENCE / 100
+    costs = [(-min(np.log(ratio), high), -min(accuracy, dense)) for ratio, accuracy in points]
+    area = hypervolume(np.array(costs).reshape(-1, 2), (-low, -floor))
+    return float(area / ((high - low) * (dense - floor)))
+
+
+def judge(rows: Sequence[dict[str, Any]], target: Target) -> list[dict[str, Any]]:
+    """A row for each finished search of one seed."""
+    (dense,) = (row for row in rows if row["kind"] == "dense")
+    accuracy = {row["digest"]: row["accuracy"] for row in rows if row["kind"] == "checked"}
+    judged = []
+    for row in rows:
+        if row["kind"] != "done":
+            continue
+        records = own_records(rows, row["searcher"], row["budget"])
+        ratios = [dense["bytes"] / r.measurement.bytes for r in records]
+        searched = [(x, r.measurement.accuracy) for x, r in zip(ratios, records, strict=True)]
+        worth = worth_checking(records, dense["searched"])
+        checked = [
+            (dense["bytes"] / r.measurement.bytes, accuracy[r.schedule.digest()]) for r in worth
+        ]
+        good = [ratio for ratio, value in checked if value >= dense["checked"] - GOOD / 100]
+        judged.append(
+            {
+                "searcher": row["searcher"],
+                "budget": row["budget"],
+                "evaluations": len(records),
+                "searched": volume(searched, dense["searched"], target),
+                "checked": volume(checked, dense["checked"], target),
+                "ratio": max(good, default=None),
+            }
+        )
+    return judged
+
+
+def summarise(budget: int) -> None:
+    """Prints the tables and writes the result file, of all that is measured so far."""
+    figures: dict[str, Any] = {}
+    everything: list[dict[str, Any]] = []
+    for network, experiment in EXPERIMENTS.items():
+        paths = sorted(Path("runs").glob(f"searchers-{network}-*.jsonl"))
+        if not paths:
+            continue
+        run = workspace(experiment)
+        key, target = key_of(run), run.experiment.search.target
+        rows: list[dict[str, Any]] = []
+        for path in paths:
+            seed = int(path.stem.rpartition("-")[2])
+            mine = [row for row in results.read_rows(path) if row["key"] == key]
+            if any(row["kind"] == "done" for row in mine):
+                rows += [{"network": network, "seed": seed, **row} for row in judge(mine, target)]
+        everything += rows
+        figures |= _figures(network, rows, budget)
+    for name, value in figures.items():
+        sd = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
+        print(f"{name:36}{value['value']:8.3f}{sd}  {value['unit']}  (n = {value['n']})")
+    if everything:
+        print(results.write("searchers", figures, everything), flush=True)
+
+
+def _figures(network: str, rows: list[dict[str, Any]], budget: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    volumes: dict[tuple[str, int], dict[int, float]] = {}
+    print(f"\n{network:12}{'evaluations':>12}{'seeds':>6}{'searched':>10}", end="")
+    print(f"{'checked':>18}{'ratio':>18}")
+    for count, name in sorted({(r["budget"], r["searcher"]) for r in rows}):
+        mine = [r for r in rows if (r["searcher"], r["budget"]) == (name, count)]
+        volumes[name, count] = {r["seed"]: r["checked"] for r in mine}
+        checked = results.figure([r["checked"] for r in mine], "share of the rectangle")
+        figures[f"{name}{count}_{network}"] = checked
+        searched = statistics.mean(r["searched"] for r in mine)
+        ratios = [r["ratio"] for r in mine if r["ratio"] is not None]
+        text = f"{name:12}{count:12}{len(mine):6}{searched:10.3f}"
+        text += f"{checked['value']:10.3f} ± {checked['sd'] or 0:.3f}"
+        if ratios:
+            ratio = results.figure(ratios, "times fewer bytes at 1 point or less")
+            figures[f"{name}{count}_ratio_{network}"] = ratio
+            text += f"{ratio['value']:10.1f} ± {ratio['sd'] or 0:.1f} (n = {len(ratios)})"
+        print(text)
+    others = {
+        name: statistics.mean(by_seed.values())
+        for (name, count), by_seed in volumes.items()
+        if count == budget and name != "ppo"
+    }
+    pairs = {f"ppo{budget}_minus_local300_{network}": ("local", 300)}
+    if others:
+        best = max(others, key=lambda name: others[name])
+        print(f"best of the others with {budget}: {best}")
+        pairs[f"ppo{budget}_minus_best{budget}_{network}"] = (best, budget)
+    ours = volumes.get(("ppo", budget), {})
+    for figure, other in pairs.items():
+        theirs = volumes.get(other, {})
+        relative = [
+            (ours[seed] - theirs[seed]) / theirs[seed] for seed in ours if theirs.get(seed, 0.0) > 0
+        ]
+        if relative:
+            figures[figure] = results.figure(relative, f"relative volume, against {other[0]}")
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--networks", default="vgg19,mobilenetv2")
+    parser.add_argument("--searchers", default=",".join(SEARCHED))
+    parser.add_argument("--evaluations", type=int, default=100)
+    parser.add_argument("--seeds", default="1,2,3,4,5")
+    parser.add_argument("--env-runners", type=int, default=0, help="of ppo; 0 = in this process")
+    parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
+    options = parser.parse_args()
+    if options.quick:
+        options.evaluations, options.seeds = 12, "1,2"
+    for seed in () if options.summary else options.seeds.split(","):
+        for network in options.networks.split(","):
+            folder = Path("runs") / f"searchers-{network}-{seed}"
+            names = options.searchers.split(",")
+            measure(network, int(seed), names, options.evaluations, options.env_runners, folder)
+        summarise(options.evaluations)
+    if options.summary:
+        summarise(options.evaluations)
+
+
+if __name__ == "__main__":
+    main()
