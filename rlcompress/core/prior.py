@@ -117,16 +117,16 @@ class Prior:
         bits_L = np.full(len(self.losses.quantize_LB), self.bits.min())
         return int(self.costs.bytes(counts_G[None], bits_L[None])[0])
 
-    def rung(self, sizes_R: np.ndarray, max_bytes: float) -> int:
-        """The least lossy rung whose size (given the choices so far) fits; else the smallest."""
-        fitting = np.flatnonzero(sizes_R <= max_bytes)
-        if not len(fitting):
-            return int(sizes_R.argmin())
-        return int(fitting[self.loss_R[fitting].argmin()])
+    def rungs(self, sizes_NR: np.ndarray, max_bytes_N: np.ndarray) -> np.ndarray:
+        """(N,) the least lossy rung whose size (given the choices so far) fits; else the
+        smallest."""
+        fits_NR = sizes_NR <= max_bytes_N[:, None]
+        best_N = np.where(fits_NR, self.loss_R, np.inf).argmin(1)
+        return np.where(fits_NR.any(1), best_N, sizes_NR.argmin(1))
 
     def schedule(self, max_bytes: float) -> Schedule:
         """The ladder's answer for a size."""
-        r = self.rung(self.bytes_R, max_bytes)
+        r = int(self.rungs(self.bytes_R[None], np.array([max_bytes]))[0])
         return Schedule(
             {
                 g: float(self.keeps[k])
