@@ -25,7 +25,7 @@ from rlcompress.core.policy import Policy, PolicyShape, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.cluster import share, start_ray
-from rlcompress.rl.environment import ENVIRONMENT, RECORDS, CollectRecords, make
+from rlcompress.rl.environment import ENVIRONMENT, RECORDS, CompressionCallbacks, make
 from rlcompress.rl.module import PolicyModule
 from rlcompress.rl.pool import Pool, greedy
 from rlcompress.schema import PPOSpec
@@ -78,7 +78,7 @@ def config(
             num_env_runners=ppo.num_env_runners,
             num_envs_per_env_runner=ppo.num_envs_per_env_runner,
             num_gpus_per_env_runner=ppo.num_gpus_per_env_runner,
-            gym_env_vectorize_mode="sync",
+            gym_env_vectorize_mode="vector_entry_point",
             rollout_fragment_length=fragment,
             sample_timeout_s=None,
         )
@@ -103,7 +103,7 @@ def config(
                 model_config={"shape": asdict(shape), "weights": weights},
             )
         )
-        .callbacks(CollectRecords)
+        .callbacks(CompressionCallbacks)
         .fault_tolerance(restart_failed_env_runners=True)
         .debugging(seed=settings.seed + 1000 * stream, log_level="ERROR")
     )
