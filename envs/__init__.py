@@ -1,9 +1,14 @@
 """Gymnasium environments that compress networks. `gymnasium.make("envs:rlcompress/Compression-v0",
-problem=...)` imports this package, which registers them."""
+problem=...)` imports this package, which registers them; so does `gymnasium.make_vec`."""
 
 from gymnasium import register, registry
 
 ID = "rlcompress/Compression-v0"
 
 if ID not in registry:
-    register(id=ID, entry_point="envs.compression:CompressionEnv", disable_env_checker=True)
+    register(
+        id=ID,
+        entry_point="envs.compression:CompressionEnv",
+        vector_entry_point="envs.vector:CompressionVectorEnv",
+        disable_env_checker=True,
+    )

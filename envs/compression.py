@@ -7,12 +7,9 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from envs.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS, Observer
-from rlcompress.core.prefix import Prefix
+from envs.episodes import Episodes
+from envs.observation import OBSERVATION_VERSION
 from rlcompress.core.problem import Problem
-from rlcompress.core.schedule import Measurement
-
-ERROR_FLOOR = 1e-4
 
 
 class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
@@ -53,10 +50,17 @@ class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     and `target`.
 
     ## Arguments
-    `problem` (`rlcompress.core.problem.Problem`), `target` (low, high), `kl_weight`,
-    `accuracy_weight` (per point), `shaping`, `gamma` (of the learner), `temperature` (of the
-    prior), `seed` (without one, `reset(seed=...)` decides; with one, later seeds are ignored:
-    RLlib repeats them).
+    | argument | default | |
+    | --- | --- | --- |
+    | `problem` | | `rlcompress.core.problem.Problem` |
+    | `target` | (8, 40) | smallest and largest size ratio |
+    | `kl_weight` | 1 | reward of a tenth of the KL |
+    | `accuracy_weight` | 0.1 | reward of a point |
+    | `shaping` | 1 | weight of the shaping term |
+    | `gamma` | 1 | the learner's discount |
+    | `temperature` | 1 | of the prior |
+    | `explore` | 0 | deviation of the log-normal factors that shake the prior's losses |
+    | `seed` | none | draws the targets; `reset` ignores later seeds, as RLlib repeats them |
 
     ## Version history
     v0: initial version.
@@ -70,81 +74,32 @@ class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         problem: Problem,
         target: tuple[float, float] = (8.0, 40.0),
         *,
-        kl_weight: float = 1.0,
-        accuracy_weight: float = 0.1,
-        shaping: float = 1.0,
-        gamma: float = 1.0,
-        temperature: float = 1.0,
         seed: Any = None,
+        **rules: float,
     ) -> None:
-        problem.require_reachable(target)
-        self.problem = problem
-        self.observer = Observer(problem, temperature)
-        self.target_range = target
-        self.kl_weight, self.accuracy_weight = kl_weight, accuracy_weight
-        self.shaping, self.gamma = shaping, gamma
+        self.episodes = Episodes(problem, target, **rules)
+        self.observer, self.quality = self.episodes.observer, self.episodes.quality
+        self.action_space = self.episodes.action_space
+        self.observation_space = self.episodes.observation_space
         self._own_rng = None if seed is None else np.random.default_rng(seed)
-        actions = len(self.observer.keep_A)
-        self.action_space = gym.spaces.Discrete(actions)
-        self.observation_space = gym.spaces.Dict(
-            {
-                "actions": gym.spaces.Box(-50.0, 50.0, (actions, len(ACTION_COLUMNS)), np.float32),
-                "state": gym.spaces.Box(-50.0, 50.0, (len(STATE_COLUMNS),), np.float32),
-                "mask": gym.spaces.Box(0.0, 1.0, (actions,), np.float32),
-            }
-        )
-        self._prefix: Prefix = problem.evaluator.begin()
-        self._progress = self.observer.start()
-        self.target = target[0]
-        self._observation: dict[str, np.ndarray] = {}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         super().reset(seed=seed)
         rng = self._own_rng if self._own_rng is not None else self.np_random
-        low, high = np.log(self.target_range)
-        self.target = float(np.exp(rng.uniform(low, high)))
+        target = self.episodes.draw(rng)
         if options and "target" in options:
-            self.target = float(options["target"])
-        self._prefix = self.problem.evaluator.begin()
-        self._progress = self.observer.start()
-        self._observation = self.observer.observe(self._progress, self.target)
-        return self._observation, {"target": self.target}
-
-    def _potential(self) -> float:
-        return -self.shaping * sum(self._progress.unexplained) / len(self.observer.layers)
+            target = float(options["target"])
+        self.episodes.begin(np.array([target]), rng)
+        return self._observation(), {"target": target}
 
     def step(
         self, action: np.int64
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        if not self._observation["mask"][action]:
-            raise ValueError(f"action {action} is illegal here (its mask is 0)")
-        observer, progress = self.observer, self._progress
-        layer = observer.layers[progress.step]
-        keep, bits = int(observer.keep_A[action]), int(observer.bits_A[action])
-        before = self._potential()
-        self._prefix = self.problem.evaluator.advance(
-            self._prefix, self.problem.keeps[keep], self.problem.bits[bits]
-        )
-        if group := self.problem.network.owned_group(layer.name):
-            progress.keep_G[observer.column[group.name]] = keep
-        progress.bits_L[progress.step] = bits
-        progress.unexplained = self._prefix.unexplained
-        if progress.step < len(observer.layers):
-            self._observation = observer.observe(progress, self.target)
-            return self._observation, self.gamma * self._potential() - before, False, False, {}
-        measurement = self.problem.evaluator.finish(self._prefix)
-        info = {
-            "schedule": self.problem.evaluator.schedule(self._prefix).to_json(),
-            "measurement": measurement.to_dict(),
-            "target": self.target,
-        }
-        # The end has no next layer: the last observation stays, as its value is never used.
-        return self._observation, self.quality(measurement) - before, True, False, info
+        reward_N, infos = self.episodes.step(np.array([action]))
+        info = infos[0] if infos else {}
+        return self._observation(), float(reward_N[0]), bool(infos), False, info
 
-    def quality(self, measurement: Measurement) -> float:
-        """The reward of a finished schedule without shaping."""
-        points = 100 * (measurement.accuracy - self.problem.dense.accuracy)
-        error = max(measurement.error(self.problem.score), ERROR_FLOOR)
-        return float(-self.kl_weight * np.log10(error) + self.accuracy_weight * points)
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {name: array[0].copy() for name, array in self.episodes.observation.items()}

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rlcompress.core.graph import Layer
 from rlcompress.core.problem import Problem
+from rlcompress.core.schedule import Schedule
 
 OBSERVATION_VERSION = 1
 
@@ -57,21 +59,35 @@ PRIOR_FLOOR = -20.0
 
 @dataclass
 class Progress:
-    """The choices so far as indices, beside what the evaluator said of them."""
+    """The choices of N episodes so far as indices, beside what the evaluator said of them. All
+    episodes are before the same step, so the same groups are decided in all."""
 
-    keep_G: np.ndarray  # index into keeps; -1 undecided
-    bits_L: np.ndarray  # index into bits; -1 undecided
-    unexplained: tuple[float, ...] = ()
+    keep_NG: np.ndarray  # index into keeps; -1 undecided
+    bits_NL: np.ndarray  # index into bits; -1 undecided
+    unexplained_NT: np.ndarray  # of the T layers done
 
     @property
     def step(self) -> int:
-        return len(self.unexplained)
+        return self.unexplained_NT.shape[1]
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """Where N episodes want to get and what the prior would do with the rest of them."""
+
+    target_N: np.ndarray  # size ratios
+    max_bytes_N: np.ndarray
+    rung_N: np.ndarray  # of the prior's ladder
+    counts_NG: np.ndarray  # channels: what is decided, else the rung's
+    bits_NL: np.ndarray
+    scale_N: np.ndarray  # the rung's loss, a layer's share of it, in nats: the unit of losses
 
 
 class Observer:
-    """Computes observations, legal actions and the prior for one problem.
+    """Computes observations, legal actions and the prior for episodes of one problem in lockstep.
 
     Actions are numbered keep-major: action = keep index x number of bit-widths + bits index.
+    Shapes: N episodes, A actions, F action columns, S state columns, G groups, L layers, R rungs.
     """
 
     def __init__(self, problem: Problem, temperature: float = 1.0) -> None:
@@ -93,145 +109,190 @@ class Observer:
         self._size_share_L = dense_L / dense_L.sum()
         self._positions_L = np.array([x.positions for x in self.layers])
         self._macs = float((costs.weights(full_G)[0][0] * self._positions_L).sum())
+        self._rows_G = np.arange(len(self.column))
         self._smallest_G = problem.prior.counts_GK.min(1)
         for i, group in enumerate(problem.network.groups.values()):
             if group.protected:
                 self._smallest_G[i] = group.channels
+        #: the first action of each layer that does the same: equal channels, equal bits
+        self.effect_LA = np.stack([self._effect(step) for step in range(len(self.layers))])
 
-    def start(self) -> Progress:
+    def _effect(self, step: int) -> np.ndarray:
+        keep_A, group = np.full(len(self.keep_A), self.full_keep), self._owned(step)
+        if group is not None:
+            counts_K = self.prior.counts_GK[group]
+            keep_A = (counts_K[:, None] == counts_K).argmax(1)[self.keep_A]
+        return keep_A * len(self.problem.bits) + self.bits_A
+
+    def start(self, count: int) -> Progress:
+        """`count` episodes of which nothing is decided."""
         keep_G = np.full(len(self.column), -1)
         for i, group in enumerate(self.problem.network.groups.values()):
             if group.protected:
                 keep_G[i] = self.full_keep
-        return Progress(keep_G, np.full(len(self.layers), -1))
+        bits_NL = np.full((count, len(self.layers)), -1)
+        return Progress(np.repeat(keep_G[None], count, 0), bits_NL, np.empty((count, 0)))
 
-    def _with(self, values_RX: np.ndarray, decided_X: np.ndarray) -> np.ndarray:
-        """`values` with decided columns replaced."""
-        return np.where(decided_X >= 0, decided_X, values_RX)
+    def decide(
+        self, progress: Progress, actions_N: np.ndarray, unexplained_NT: np.ndarray
+    ) -> Progress:
+        """`progress` after an action in each episode, the layers' unexplained shares then."""
+        keep_NG, bits_NL = progress.keep_NG.copy(), progress.bits_NL.copy()
+        if (group := self._owned(progress.step)) is not None:
+            keep_NG[:, group] = self.keep_A[actions_N]
+        bits_NL[:, progress.step] = self.bits_A[actions_N]
+        return Progress(keep_NG, bits_NL, unexplained_NT)
 
-    def mask(self, progress: Progress, max_bytes: float) -> np.ndarray:
-        """(A,) 1 for actions that are legal: those of an undecided group, from which the target
-        can still be reached. The smallest network is legal if nothing else is."""
-        counts_AG, bits_AL = self._candidates(
-            progress, self._smallest_G, np.full(len(self.layers), int(self.prior.bits.min()))
-        )
-        sizes_A = self.problem.evaluator.costs.bytes(counts_AG, bits_AL)
-        free = self._owned(progress) is not None
-        choosable_A = np.ones(len(self.keep_A), bool) if free else self.keep_A == self.full_keep
-        legal_A = choosable_A & (sizes_A <= max_bytes)
-        if not legal_A.any():
-            legal_A = choosable_A & (sizes_A == sizes_A[choosable_A].min())
-        return legal_A
+    def schedules(self, progress: Progress) -> list[Schedule]:
+        """What finished episodes have chosen."""
+        network, keeps, bits = self.problem.network, self.problem.keeps, self.problem.bits
+        owned = [network.owned_group(layer.name) for layer in self.layers]
+        groups = [(group.name, self.column[group.name]) for group in owned if group]
+        names = [layer.name for layer in self.layers]
+        return [
+            Schedule(
+                {name: keeps[keep_G[g]] for name, g in groups},
+                {name: bits[b] for name, b in zip(names, bits_L, strict=True)},
+            )
+            for keep_G, bits_L in zip(progress.keep_NG, progress.bits_NL, strict=True)
+        ]
 
-    def _owned(self, progress: Progress) -> int | None:
-        group = self.problem.network.owned_group(self.layers[progress.step].name)
+    def observe(self, progress: Progress, targets_N: np.ndarray) -> dict[str, np.ndarray]:
+        """The observations before step `progress.step`, aiming at the size ratios `targets_N`:
+        actions (N, A, F), state (N, S), mask (N, A), float32."""
+        aim = self._aim(progress, targets_N)
+        mask_NA = self._mask(progress, aim.max_bytes_N)
+        actions_NAF = self._actions(progress.step, aim, mask_NA)
+        state_NS = self._state(progress, aim)
+        return {
+            "actions": np.clip(actions_NAF, -50.0, 50.0).astype(np.float32),
+            "state": np.clip(state_NS, -50.0, 50.0).astype(np.float32),
+            "mask": mask_NA.astype(np.float32),
+        }
+
+    def _aim(self, progress: Progress, target_N: np.ndarray) -> _Aim:
+        prior = self.prior
+        max_bytes_N = self.problem.dense.bytes / target_N
+        keep_NRG = _decided_or(progress.keep_NG[:, None], prior.keep_RG)
+        bits_NRL = _decided_or(progress.bits_NL[:, None], prior.bits_RL)
+        counts_NRG, widths_NRL = self._schedules(keep_NRG, bits_NRL)
+        sizes_NR = self.problem.evaluator.costs.bytes(counts_NRG, widths_NRL)
+        rung_N = prior.rungs(sizes_NR, max_bytes_N)
+        at_N = np.arange(len(rung_N)), rung_N
+        scale_N = prior.loss_R[rung_N] / len(self.layers) + 1e-9
+        return _Aim(target_N, max_bytes_N, rung_N, counts_NRG[at_N], widths_NRL[at_N], scale_N)
+
+    def _schedules(self, keep_XG: np.ndarray, bits_XL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Channels and bits of indices."""
+        return self.prior.counts_GK[self._rows_G, keep_XG], self.prior.bits[bits_XL]
+
+    def _owned(self, step: int) -> int | None:
+        group = self.problem.network.owned_group(self.layers[step].name)
         return self.column[group.name] if group else None
 
     def _candidates(
-        self, progress: Progress, rest_G: np.ndarray, rest_L: np.ndarray
+        self, step: int, counts_NG: np.ndarray, bits_NL: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """counts_AG and bits_AL: decided as they are, this step as each action says, the rest
-        at `rest_G` channels and `rest_L` bits."""
-        prior = self.prior
-        rows_G = np.arange(len(self.column))
-        counts_G = np.where(progress.keep_G >= 0, prior.counts_GK[rows_G, progress.keep_G], rest_G)
-        bits_L = np.where(progress.bits_L >= 0, prior.bits[progress.bits_L], rest_L)
-        counts_AG = np.repeat(counts_G[None], len(self.keep_A), 0)
-        bits_AL = np.repeat(bits_L[None], len(self.keep_A), 0)
-        if (group := self._owned(progress)) is not None:
-            counts_AG[:, group] = prior.counts_GK[group, self.keep_A]
-        bits_AL[:, progress.step] = prior.bits[self.bits_A]
-        return counts_AG, bits_AL
+        """counts_NAG and bits_NAL: this step as each action says, all else as it is."""
+        counts_NAG = np.repeat(counts_NG[:, None], len(self.keep_A), 1)
+        bits_NAL = np.repeat(bits_NL[:, None], len(self.keep_A), 1)
+        if (group := self._owned(step)) is not None:
+            counts_NAG[:, :, group] = self.prior.counts_GK[group, self.keep_A]
+        bits_NAL[:, :, step] = self.prior.bits[self.bits_A]
+        return counts_NAG, bits_NAL
 
-    def observe(self, progress: Progress, target: float) -> dict[str, np.ndarray]:
-        """The observation before step `progress.step`, aiming at size ratio `target`."""
-        problem, prior, costs = self.problem, self.prior, self.problem.evaluator.costs
-        t, layer = progress.step, self.layers[progress.step]
-        max_bytes = problem.dense.bytes / target
-        rows_G = np.arange(len(self.column))
+    def _mask(self, progress: Progress, max_bytes_N: np.ndarray) -> np.ndarray:
+        """(N, A) true for actions that are legal: those of an undecided group, from which the
+        target can still be reached. The smallest network is legal if nothing else is."""
+        counts_NG, bits_NL = self._schedules(progress.keep_NG, progress.bits_NL)
+        rest_NG = np.where(progress.keep_NG >= 0, counts_NG, self._smallest_G)
+        rest_NL = np.where(progress.bits_NL >= 0, bits_NL, int(self.prior.bits.min()))
+        candidates = self._candidates(progress.step, rest_NG, rest_NL)
+        sizes_NA = self.problem.evaluator.costs.bytes(*candidates).astype(np.float64)
+        if self._owned(progress.step) is None:
+            sizes_NA[:, self.keep_A != self.full_keep] = np.inf
+        return sizes_NA <= np.maximum(max_bytes_N, sizes_NA.min(1))[:, None]
 
-        keep_RG = self._with(prior.keep_RG, progress.keep_G)
-        bits_RL = self._with(prior.bits_RL, progress.bits_L)
-        sizes_R = costs.bytes(prior.counts_GK[rows_G, keep_RG], prior.bits[bits_RL])
-        rung = prior.rung(sizes_R, max_bytes)
-        counts_AG, bits_AL = self._candidates(
-            progress, prior.counts_GK[rows_G, keep_RG[rung]], prior.bits[bits_RL[rung]]
+    def _actions(self, step: int, aim: _Aim, mask_NA: np.ndarray) -> np.ndarray:
+        """(N, A, F)."""
+        prior, costs = self.prior, self.problem.evaluator.costs
+        counts_NAG, bits_NAL = self._candidates(step, aim.counts_NG, aim.bits_NL)
+        sizes_NA = costs.bytes(counts_NAG, bits_NAL)
+        layer_NA = costs.layer_bytes(counts_NAG, bits_NAL)[:, :, step]
+        macs_NA = (costs.weights(counts_NAG)[0] * self._positions_L).sum(-1)
+
+        group = self._owned(step)
+        refit_A, plain_A, cut_A = (
+            np.zeros(len(self.keep_A)) if group is None else table_GK[group, self.keep_A]
+            for table_GK in (self._refit_GK, self._plain_GK, prior.losses.prune_GK)
         )
-        sizes_A = costs.bytes(counts_AG, bits_AL)
-        weights_AL, _ = costs.weights(counts_AG)
-        layer_A = costs.layer_bytes(counts_AG, bits_AL)[:, t]
-
-        group = self._owned(progress)
-        actions = len(self.keep_A)
-        zero_A = np.zeros(actions)
-        refit_A = zero_A if group is None else self._refit_GK[group, self.keep_A]
-        plain_A = zero_A if group is None else self._plain_GK[group, self.keep_A]
-        cut_A = zero_A if group is None else prior.losses.prune_GK[group, self.keep_A]
-        quantize_A = prior.losses.quantize_LB[t, self.bits_A]
-        mask_A = self.mask(progress, max_bytes)
-        scale = prior.loss_R[rung] / len(self.layers) + 1e-9
-        value_A = cut_A + quantize_A + prior.price_R[rung] * sizes_A
-        best = value_A[mask_A].min()
-        logit_A = np.clip(-(value_A - best) / (scale * self.temperature), PRIOR_FLOOR, 0.0)
-
-        actions_AF = np.stack(
-            [
-                prior.keeps[self.keep_A],
-                prior.bits[self.bits_A] / 8,
-                layer_A / max_bytes,
-                np.log(sizes_A / max_bytes),
-                np.log1p(refit_A / scale),
-                np.log1p(plain_A / scale),
-                np.log1p(quantize_A / scale),
-                np.log1p(self._output_LB[t, self.bits_A]),
-                1 - (weights_AL * self._positions_L).sum(1) / self._macs,
-                logit_A,
-            ],
-            axis=1,
+        quantize_A = prior.losses.quantize_LB[step, self.bits_A]
+        max_bytes_N1, scale_N1 = aim.max_bytes_N[:, None], aim.scale_N[:, None]
+        value_NA = cut_A + quantize_A + prior.price_R[aim.rung_N][:, None] * sizes_NA
+        best_N1 = np.where(mask_NA, value_NA, np.inf).min(1, keepdims=True)
+        logit_NA = -(value_NA - best_N1) / (scale_N1 * self.temperature)
+        columns = (
+            prior.keeps[self.keep_A],
+            prior.bits[self.bits_A] / 8,
+            layer_NA / max_bytes_N1,
+            np.log(sizes_NA / max_bytes_N1),
+            np.log1p(refit_A / scale_N1),
+            np.log1p(plain_A / scale_N1),
+            np.log1p(quantize_A / scale_N1),
+            np.log1p(self._output_LB[step, self.bits_A]),
+            1 - macs_NA / self._macs,
+            np.clip(logit_NA, PRIOR_FLOOR, 0.0),
         )
+        return np.stack(np.broadcast_arrays(*columns), -1)
 
-        done_L = progress.bits_L >= 0
-        current_L = costs.layer_bytes(
-            prior.counts_GK[rows_G, keep_RG[rung]][None], prior.bits[bits_RL[rung]][None]
-        )[0]
-        decided_G = np.flatnonzero(progress.keep_G >= 0)
-        estimate = prior.losses.prune_GK[decided_G, progress.keep_G[decided_G]].sum()
-        estimate += prior.losses.quantize_LB[np.flatnonzero(done_L), progress.bits_L[done_L]].sum()
+    def _state(self, progress: Progress, aim: _Aim) -> np.ndarray:
+        """(N, S)."""
+        prior, t = self.prior, progress.step
+        layer, keep_NG = self.layers[t], progress.keep_NG
+        bytes_NL = self.problem.evaluator.costs.layer_bytes(aim.counts_NG, aim.bits_NL)
+        decided_G = np.flatnonzero(keep_NG[0] >= 0)
+        estimate_N = prior.losses.prune_GK[decided_G, keep_NG[:, decided_G]].sum(1)
+        done_T = np.arange(t)
+        estimate_N += prior.losses.quantize_LB[done_T, progress.bits_NL[:, done_T]].sum(1)
+        errors_NT = progress.unexplained_NT
+        last = self.column.get(self.layers[t - 1].group or "") if t else None
+        columns = (
+            *(float(layer.kind == kind) for kind in _KINDS),
+            np.log10(layer.in_channels),
+            np.log10(layer.out_channels),
+            np.log10(layer.kernel),
+            np.log10(layer.positions),
+            t / len(self.layers),
+            float(self._owned(t) is not None),
+            self._inputs_kept(layer, keep_NG),
+            self._size_share_L[t],
+            bytes_NL[:, :t].sum(1) / aim.max_bytes_N,
+            bytes_NL[:, t:].sum(1) / aim.max_bytes_N,
+            errors_NT[:, -1] if t else 0.0,
+            errors_NT.mean(1) if t else 0.0,
+            errors_NT.max(1) if t else 0.0,
+            np.log1p(estimate_N / aim.scale_N),
+            1.0 if last is None else prior.keeps[keep_NG[:, last]],
+            prior.bits[progress.bits_NL[:, t - 1]] / 8 if t else 1.0,
+            np.log10(aim.target_N),
+            aim.rung_N / (len(prior.price_R) - 1),
+        )
+        return np.stack(np.broadcast_arrays(*columns), -1)
+
+    def _inputs_kept(self, layer: Layer, keep_NG: np.ndarray) -> np.ndarray:
+        """(N,) share of the layer's inputs that survive the groups decided; 1 where it has no
+        such inputs."""
+        counts_GK = self.prior.counts_GK
         inputs = sum(len(link.index) for link in layer.inputs)
-        survived = sum(
-            len(link.index)
-            * prior.counts_GK[g, progress.keep_G[g]]
-            / prior.counts_GK[g, self.full_keep]
-            for link in layer.inputs
-            if progress.keep_G[g := self.column[link.group]] >= 0
-        )
-        errors = progress.unexplained
-        last_group = self.column.get(self.layers[t - 1].group or "") if t else None
-        state_S = np.array(
-            [
-                *(float(layer.kind == kind) for kind in _KINDS),
-                np.log10(layer.in_channels),
-                np.log10(layer.out_channels),
-                np.log10(layer.kernel),
-                np.log10(layer.positions),
-                t / len(self.layers),
-                float(group is not None),
-                survived / inputs if inputs and survived else 1.0,
-                self._size_share_L[t],
-                current_L[done_L].sum() / max_bytes,
-                current_L[~done_L].sum() / max_bytes,
-                errors[-1] if errors else 0.0,
-                float(np.mean(errors)) if errors else 0.0,
-                max(errors, default=0.0),
-                np.log1p(estimate / scale),
-                1.0 if last_group is None else prior.keeps[progress.keep_G[last_group]],
-                1.0 if not t else prior.bits[progress.bits_L[t - 1]] / 8,
-                np.log10(target),
-                rung / (len(prior.price_R) - 1),
-            ]
-        )
-        return {
-            "actions": np.clip(actions_AF, -50.0, 50.0).astype(np.float32),
-            "state": np.clip(state_S, -50.0, 50.0).astype(np.float32),
-            "mask": mask_A.astype(np.float32),
-        }
+        kept_N = np.zeros(len(keep_NG))
+        for link in layer.inputs:
+            g = self.column[link.group]
+            if keep_NG[0, g] >= 0:
+                share_N = counts_GK[g, keep_NG[:, g]] / counts_GK[g, self.full_keep]
+                kept_N += len(link.index) * share_N
+        return np.where(kept_N > 0, kept_N / max(inputs, 1), 1.0)
+
+
+def _decided_or(decided_X: np.ndarray, values_X: np.ndarray) -> np.ndarray:
+    """`values` with the decided ones replaced."""
+    return np.where(decided_X >= 0, decided_X, values_X)

@@ -251,6 +251,9 @@ class PPOSpec(_Section):
     vf_coeff: float = Field(0.5, ge=0, description="coefficient of the value loss")
     hidden: int = Field(64, ge=1, description="hidden units a layer")
     temperature: float = Field(1.0, gt=0, description="temperature of the prior")
+    explore: float = Field(
+        0.3, ge=0, description="deviation of the factors that shake the prior of training episodes"
+    )
     kl_weight: float = Field(1.0, ge=0, description="reward for each decade of KL to dense")
     accuracy_weight: float = Field(0.1, ge=0, description="reward for each point of accuracy")
     shaping: float = Field(1.0, ge=0, description="weight of the potential-based shaping")

@@ -120,7 +120,8 @@ class CostModel:
         return counts_G[None], bits_L[None]
 
     def weights(self, counts_SG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Surviving weights and output channels of every layer: two (S, L)."""
+        """Surviving weights and output channels of every layer: two (S, L). Here and below, S may
+        be several dimensions."""
         out_SL = counts_SG @ self._out_GL + self._out_const_L
         in_SL = counts_SG @ self._in_GL + self._in_const_L
         fan_SL = np.where(self._depthwise_L, 1, in_SL // self._conv_groups_L) * self._kernel_L
@@ -135,8 +136,8 @@ class CostModel:
     def bytes(self, counts_SG: np.ndarray, bits_SL: np.ndarray) -> np.ndarray:
         """(S,) size of the artifact on disk."""
         norm_SN = counts_SG @ self._norm_GN + self._norm_const_N
-        rest_S = FLOAT_BYTES * ((norm_SN * self._norm_vectors_N).sum(1) + self.rest)
-        return self.header + self.layer_bytes(counts_SG, bits_SL).sum(1) + rest_S
+        rest_S = FLOAT_BYTES * ((norm_SN * self._norm_vectors_N).sum(-1) + self.rest)
+        return self.header + self.layer_bytes(counts_SG, bits_SL).sum(-1) + rest_S
 
     def cost(self, schedule: Schedule) -> Cost:
         """Everything about one schedule."""

@@ -9,7 +9,7 @@ remainder still fits the target is the answer for the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,7 +57,9 @@ class Prior:
     bytes_R           its size;  loss_R  its estimated KL;  price_R  its lambda, nats per byte
     """
 
-    def __init__(self, network: Network, costs: CostModel, losses: Losses) -> None:
+    def __init__(
+        self, network: Network, costs: CostModel, losses: Losses, rungs: int = RUNGS
+    ) -> None:
         self.network, self.costs, self.losses = network, costs, losses
         self.keeps, self.bits = np.array(losses.keeps), np.array(losses.bits)
         #: channels of each group at each keep ratio
@@ -65,14 +67,27 @@ class Prior:
             [[g.count(k) for k in losses.keeps] for g in network.groups.values()],
             dtype=np.int64,
         ).reshape(len(network.groups), len(self.keeps))
-        self._solve()
+        self._solve(rungs)
 
-    def _solve(self) -> None:
+    def shaken(self, rng: np.random.Generator, deviation: float, rungs: int = RUNGS) -> Prior:
+        """The answer to other losses that could be true: those of each group and each layer times
+        a log-normal factor. Drawn again and again it explores schedules that hang together."""
+        losses = self.losses
+        factor_G = np.exp(deviation * rng.standard_normal(len(losses.prune_GK)))
+        factor_L = np.exp(deviation * rng.standard_normal(len(losses.quantize_LB)))
+        changed = replace(
+            losses,
+            prune_GK=losses.prune_GK * factor_G[:, None],
+            quantize_LB=losses.quantize_LB * factor_L[:, None],
+        )
+        return Prior(self.network, self.costs, changed, rungs)
+
+    def _solve(self, rungs: int) -> None:
         groups, layers = len(self.counts_GK), len(self.losses.quantize_LB)
         dense = float(self.costs.cost(Schedule()).bytes)
         finite = self.losses.prune_GK[np.isfinite(self.losses.prune_GK)]
         largest = max(float(finite.max(initial=0.0)), float(self.losses.quantize_LB.max()), 1e-9)
-        price_R = np.geomspace(1e4, 1e-6, RUNGS) * largest / dense
+        price_R = np.geomspace(1e4, 1e-6, rungs) * largest / dense
         smallest = int(self.bits.argmin())
         keep_G = np.array([self._cheapest(g) for g in range(groups)], dtype=np.int64)
         bits_L = np.full(layers, smallest)
@@ -116,16 +131,16 @@ class Prior:
         bits_L = np.full(len(self.losses.quantize_LB), self.bits.min())
         return int(self.costs.bytes(counts_G[None], bits_L[None])[0])
 
-    def rung(self, sizes_R: np.ndarray, max_bytes: float) -> int:
-        """The least lossy rung whose size (given the choices so far) fits; else the smallest."""
-        fitting = np.flatnonzero(sizes_R <= max_bytes)
-        if not len(fitting):
-            return int(sizes_R.argmin())
-        return int(fitting[self.loss_R[fitting].argmin()])
+    def rungs(self, sizes_NR: np.ndarray, max_bytes_N: np.ndarray) -> np.ndarray:
+        """(N,) the least lossy rung whose size (given the choices so far) fits; else the
+        smallest."""
+        fits_NR = sizes_NR <= max_bytes_N[:, None]
+        best_N = np.where(fits_NR, self.loss_R, np.inf).argmin(1)
+        return np.where(fits_NR.any(1), best_N, sizes_NR.argmin(1))
 
     def schedule(self, max_bytes: float) -> Schedule:
         """The ladder's answer for a size."""
-        r = self.rung(self.bytes_R, max_bytes)
+        r = int(self.rungs(self.bytes_R[None], np.array([max_bytes]))[0])
         return Schedule(
             {
                 g: float(self.keeps[k])

@@ -1,8 +1,9 @@
-"""How env runners make the environment, and how its results reach the driver."""
+"""How env runners make their environments, and how the results reach the driver."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -17,26 +18,42 @@ RECORDS = "records"
 _instances = itertools.count()
 
 
-def make(context: Any) -> gym.Env[Any, Any]:
-    """One environment. `context` is RLlib's EnvContext over `env_config`:
+def make(context: Mapping[str, Any]) -> gym.vector.VectorEnv[Any, Any, Any]:
+    """A runner's episodes in lockstep. `context` is RLlib's `env_config`:
 
     bundle    object reference of the problem's `Bundle`;  threads  torch threads
-    seed      list of integers: with the runner's and the environment's number it seeds the goals
-    options   the other arguments of the environment
-
-    RLlib repeats reset seeds in `complete_episodes` mode and shares them between runners, so
-    each instance gets a stream of its own here. Runner 1 and the driver's own (0) share theirs:
-    the same experiment finds the same schedules with 0 and with 1 remote runner.
+    seed      see `CompressionCallbacks`
+    options   the other arguments of the environment;  losses  what its prior goes by
+    num_envs  episodes: RLlib adds it where the vectorize mode is `vector_entry_point`
     """
     torch.set_num_threads(context["threads"])
-    problem = problem_of(context["bundle"])
-    runner = max(1, context.worker_index)
-    seed = [*context["seed"], runner, next(_instances)]
-    return gym.make(ENVIRONMENT, problem=problem, seed=seed, **context["options"])
+    return gym.make_vec(
+        ENVIRONMENT,
+        num_envs=context["num_envs"],
+        vectorization_mode="vector_entry_point",
+        problem=problem_of(context["bundle"]).with_losses(context["losses"]),
+        **context["options"],
+    )
 
 
-class CollectRecords(RLlibCallback):
-    """Sends every finished episode's schedule and measurement along with the metrics."""
+class CompressionCallbacks(RLlibCallback):
+    """Gives every episode's targets a stream of their own, and sends every finished episode's
+    schedule and measurement along with the metrics.
+
+    RLlib repeats reset seeds in `complete_episodes` mode and shares them between runners. Here
+    `env_config["seed"]`, a list of integers, seeds the streams with the runner's and the
+    environment's number. Runner 1 and the driver's own (0) share theirs: the same experiment
+    finds the same schedules with 0 and with 1 remote runner.
+    """
+
+    def on_environment_created(
+        self, *, env_runner: Any, env: Any, env_context: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        # Not in `make`: RLlib does not tell a vector environment's maker the runner's number.
+        runner = max(1, env_runner.worker_index)
+        env.own_streams(
+            [[*env_context["seed"], runner, next(_instances)] for _ in range(env.num_envs)]
+        )
 
     def on_episode_end(
         self, *, episode: Any, env_runner: Any, metrics_logger: Any, **kwargs: Any

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from rlcompress.core.policy import Policy
+from rlcompress.core.prior import Losses
 from rlcompress.core.problem import Bundle
 from rlcompress.core.schedule import Measurement, Schedule
 from rlcompress.rl.cluster import problem_of, share
@@ -33,11 +34,16 @@ class Pool:
         return map(Measurement.from_dict, self._map(_measure, ((text,) for text in texts)))
 
     def play(
-        self, policy: Policy, environment: str, options: Mapping[str, Any], targets: Iterable[float]
+        self,
+        policy: Policy,
+        environment: str,
+        options: Mapping[str, Any],
+        targets: Iterable[float],
+        losses: Losses,
     ) -> Iterator[dict[str, Any]]:
-        """`greedy` episodes at the targets; see there."""
+        """`greedy` episodes at the targets with a prior on `losses`; see there."""
         shared = ray.put(policy)
-        calls = ((shared, environment, dict(options), target) for target in targets)
+        calls = ((shared, environment, dict(options), target, losses) for target in targets)
         return self._map(_play, calls)
 
     def _map(
@@ -61,8 +67,13 @@ def _measure(bundle: list[Any], schedule: str) -> dict[str, Any]:
 
 
 def _play(
-    bundle: list[Any], policy: Policy, environment: str, options: dict[str, Any], target: float
+    bundle: list[Any],
+    policy: Policy,
+    environment: str,
+    options: dict[str, Any],
+    target: float,
+    losses: Losses,
 ) -> dict[str, Any]:
     torch.set_num_threads(1)
-    env = gym.make(environment, problem=problem_of(bundle[0]), **options)
-    return greedy(policy, env, target)
+    problem = problem_of(bundle[0]).with_losses(losses)
+    return greedy(policy, gym.make(environment, problem=problem, **options), target)

@@ -1,7 +1,8 @@
 """The `ppo` searcher: RLlib's PPO trains the policy by playing compression episodes.
 
-Of the evaluations, the first few are the untrained policy's own schedules (the prior's, so the
-search is never below its prior), most are training episodes at random sizes, and the last ones
+Of the evaluations, the first pay for the prior's sensitivities where these are to be measured, a
+few are the untrained policy's own schedules (the prior's, so the search is never below its prior),
+most are training episodes at random sizes, and the last ones
 are the trained policy's best guesses over the sizes.
 """
 
@@ -25,12 +26,12 @@ from rlcompress.core.policy import Policy, PolicyShape, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.cluster import share, start_ray
-from rlcompress.rl.environment import RECORDS, CollectRecords, make
+from rlcompress.rl.environment import RECORDS, CompressionCallbacks, make
 from rlcompress.rl.module import PolicyModule
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape
 from rlcompress.rl.pool import Pool
 from rlcompress.schema import PPOSpec
-from rlcompress.searchers.base import Settings, targets
+from rlcompress.searchers.base import Settings, in_process, probed, targets
 
 #: Share of the evaluations for the untrained and for the trained policy's own schedules.
 FIRST, LAST = 0.05, 0.15
@@ -64,7 +65,12 @@ def config(
                 "bundle": bundle,
                 "threads": 1 if ppo.num_env_runners else torch.get_num_threads(),
                 "seed": [settings.seed, stream],
-                "options": {"target": settings.target, **environment_options(ppo)},
+                "options": {
+                    "target": settings.target,
+                    "explore": ppo.explore,
+                    **environment_options(ppo),
+                },
+                "losses": problem.prior.losses,
             },
             observation_space=env.observation_space,
             action_space=env.action_space,
@@ -73,7 +79,7 @@ def config(
             num_env_runners=ppo.num_env_runners,
             num_envs_per_env_runner=ppo.num_envs_per_env_runner,
             num_gpus_per_env_runner=ppo.num_gpus_per_env_runner,
-            gym_env_vectorize_mode="sync",
+            gym_env_vectorize_mode="vector_entry_point",
             rollout_fragment_length=fragment,
             sample_timeout_s=None,
         )
@@ -98,7 +104,7 @@ def config(
                 model_config={"shape": asdict(shape), "weights": weights},
             )
         )
-        .callbacks(CollectRecords)
+        .callbacks(CompressionCallbacks)
         .fault_tolerance(restart_failed_env_runners=True)
         .debugging(seed=settings.seed + 1000 * stream, log_level="ERROR")
     )
@@ -127,11 +133,20 @@ def search(
     on_iteration  gets a row of the learning curve: evaluation, mean_return, entropy, loss
     """
     problem.require_reachable(settings.target)
+    pool = Pool(bundle, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
+    measure = in_process(problem)
+    if settings.sensitivity != "estimated" and ppo.num_env_runners:
+        start_ray(ppo)
+        measure = pool.measure
+    losses, spent = yield from probed("ppo", problem, settings, history, measure)
+    problem = problem.with_losses(losses)
     env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **environment_options(ppo))
     shape = policy_shape(env, ppo.hidden)
-    total, count = settings.evaluations, len(history)
-    first = min(total, max(1, round(FIRST * total)))
-    last = min(total - first, max(1, round(LAST * total)))
+    total, count = settings.evaluations, max(len(history), len(spent))
+    resumed = count > len(spent) and (folder / "policy.json").exists()
+    free = total - len(spent)
+    first = len(spent) + min(free, max(1, round(FIRST * free)))
+    last = min(total - first, max(1, round(LAST * free)))
     batch = _episodes(ppo, total - first - last)
     # Whole iterations only: an episode that is played is an episode in the archive.
     end = first + (total - first - last) // batch * batch
@@ -149,11 +164,11 @@ def search(
         )
 
     policy = Policy(shape)
-    resumed = count > 0 and (folder / "policy.json").exists()
     if resumed:
         policy, _ = load_policy(folder, shape.observation_version)
     while count < first:
-        yield record(greedy(Policy(shape), env, targets(settings, first)[count]))
+        guesses = targets(settings, first - len(spent))
+        yield record(greedy(Policy(shape), env, guesses[count - len(spent)]))
 
     if count + batch <= end:
         start_ray(ppo)
@@ -191,9 +206,8 @@ def search(
     wanted = targets(settings, total - begin)[count - begin :]
     if ppo.num_env_runners and wanted:
         start_ray(ppo)
-        pool = Pool(bundle, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
         options = {"target": settings.target, **environment_options(ppo)}
-        yield from map(record, pool.play(policy, ENVIRONMENT, options, wanted))
+        yield from map(record, pool.play(policy, ENVIRONMENT, options, wanted, losses))
     else:
         yield from (record(greedy(policy, env, target)) for target in wanted)
 

@@ -69,6 +69,20 @@ def test_workers_measure_what_the_driver_measures_and_the_search_goes_on(bundle,
     assert {"evaluation", "mean_return", "entropy"} <= set(rows[0])
 
 
+def test_a_runner_plays_episodes_in_lockstep(bundle, problem, tmp_path):
+    settings = PPOSpec(
+        num_env_runners=0, num_envs_per_env_runner=3, episodes_per_iteration=6, epochs=1
+    )
+    budget = Settings(24, (4.0, 8.0), 0)
+    records = list(ppo.search(bundle, problem, budget, [], ppo=settings, folder=tmp_path))
+    assert [r.evaluation for r in records] == list(range(1, 25))
+    assert len({r.target for r in records[1:19]}) == 18  # each episode draws its own
+    for record in records:
+        again = problem.evaluator.evaluate(record.schedule)
+        assert again.kl == pytest.approx(record.measurement.kl, rel=1e-3, abs=1e-5)
+        assert record.measurement.bytes <= problem.dense.bytes / record.target
+
+
 def test_the_pool_keeps_the_order(bundle, problem):
     from rlcompress.rl import cluster, pool
 
