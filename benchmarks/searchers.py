@@ -60,9 +60,9 @@ def path_of(network: str, seed: int) -> Path:
     return Path("runs") / f"searchers-{network}-{seed}.jsonl"
 
 
-def key_of(run: Workspace) -> str:
+def key_of(run: Workspace, sensitivity: str) -> str:
     low, high = run.experiment.search.target
-    return f"{identity(run)} {IMAGES} {low:g}-{high:g}"
+    return f"{identity(run)} {IMAGES} {low:g}-{high:g} {sensitivity}"
 
 
 def records_of(
@@ -122,20 +122,27 @@ def own_records(rows: Iterable[dict[str, Any]], name: str, budget: int) -> list[
     ]
 
 
-def worth_checking(records: Sequence[Record], dense: float) -> list[Record]:
-    """At most `MOST_CHECKED` of the front, evenly over it."""
-    front = [r for r in archive_front(records) if r.measurement.accuracy >= dense - WORTH / 100]
+def worth_checking(records: Sequence[Record], most_bytes: float, floor: float) -> list[Record]:
+    """At most `MOST_CHECKED` of the front at the `floor` of accuracy, evenly over it."""
+    small = [r for r in records if r.measurement.bytes <= most_bytes]
+    front = [r for r in archive_front(small) if r.measurement.accuracy >= floor]
     count = min(MOST_CHECKED, len(front))
     return [front[round(i)] for i in np.linspace(0, len(front) - 1, count)]
 
 
 def measure(
-    network: str, seed: int, names: Sequence[str], budget: int, runners: int, folder: Path
+    network: str,
+    seed: int,
+    names: Sequence[str],
+    budget: int,
+    sensitivity: str,
+    runners: int,
+    folder: Path,
 ) -> None:
     """Searches and checks what is missing of one seed."""
     run = workspace(EXPERIMENTS[network])
     torch.set_num_threads(1)
-    key, target = key_of(run), run.experiment.search.target
+    key, target = key_of(run, sensitivity), run.experiment.search.target
     rows = results.Rows(path_of(network, seed))
 
     def mine() -> list[dict[str, Any]]:
@@ -160,7 +167,7 @@ def measure(
     for name in missing:
         about = {"key": key, "searcher": name, "budget": budget}
         history = own_records(mine(), name, budget)
-        settings = Settings(budget, target, seed)
+        settings = Settings(budget, target, seed, sensitivity)
         known, problem = problems.known, problems.problem
         begun = time.monotonic()
         searched = records_of(
@@ -172,7 +179,8 @@ def measure(
             rows.append({"kind": "record", **about, **found})
         checked = {row["digest"] for row in mine() if row["kind"] == "checked"}
         all_records = own_records(mine(), name, budget)
-        for record in worth_checking(all_records, problem.dense.accuracy):
+        largest, floor = problem.dense.bytes / target[0], problem.dense.accuracy - WORTH / 100
+        for record in worth_checking(all_records, largest, floor):
             digest = record.schedule.digest()
             if digest not in checked:
                 accuracy = problems.check(fresh, record.schedule)
@@ -203,7 +211,8 @@ def judge(rows: Sequence[dict[str, Any]], target: Target) -> list[dict[str, Any]
         records = own_records(rows, row["searcher"], row["budget"])
         ratios = [dense["bytes"] / r.measurement.bytes for r in records]
         searched = [(x, r.measurement.accuracy) for x, r in zip(ratios, records, strict=True)]
-        worth = worth_checking(records, dense["searched"])
+        floor = dense["searched"] - WORTH / 100
+        worth = worth_checking(records, dense["bytes"] / target[0], floor)
         checked = [
             (dense["bytes"] / r.measurement.bytes, accuracy[r.schedule.digest()]) for r in worth
         ]
@@ -221,7 +230,7 @@ def judge(rows: Sequence[dict[str, Any]], target: Target) -> list[dict[str, Any]
     return judged
 
 
-def summarise(budget: int) -> None:
+def summarise(budget: int, sensitivity: str) -> None:
     """Prints the tables and writes the result file, of all that is measured so far."""
     figures: dict[str, Any] = {}
     everything: list[dict[str, Any]] = []
@@ -230,7 +239,7 @@ def summarise(budget: int) -> None:
         if not paths:
             continue
         run = workspace(experiment)
-        key, target = key_of(run), run.experiment.search.target
+        key, target = key_of(run, sensitivity), run.experiment.search.target
         rows: list[dict[str, Any]] = []
         for path in paths:
             seed = int(path.stem.rpartition("-")[2])
@@ -295,6 +304,12 @@ def main() -> None:
     parser.add_argument("--searchers", default=",".join(SEARCHED))
     parser.add_argument("--evaluations", type=int, default=100)
     parser.add_argument("--seeds", default="1,2,3,4,5")
+    parser.add_argument(
+        "--sensitivity",
+        default="refitted",
+        choices=("estimated", "measured", "refitted"),
+        help="of knapsack, local and ppo; their probes are among their evaluations",
+    )
     parser.add_argument("--env-runners", type=int, default=0, help="of ppo; 0 = in this process")
     parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
     options = parser.parse_args()
@@ -304,10 +319,11 @@ def main() -> None:
         for network in options.networks.split(","):
             folder = Path("runs") / f"searchers-{network}-{seed}"
             names = options.searchers.split(",")
-            measure(network, int(seed), names, options.evaluations, options.env_runners, folder)
-        summarise(options.evaluations)
+            budget, kind = options.evaluations, options.sensitivity
+            measure(network, int(seed), names, budget, kind, options.env_runners, folder)
+        summarise(options.evaluations, options.sensitivity)
     if options.summary:
-        summarise(options.evaluations)
+        summarise(options.evaluations, options.sensitivity)
 
 
 if __name__ == "__main__":

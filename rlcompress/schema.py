@@ -250,7 +250,7 @@ class PPOSpec(_Section):
     entropy: float = Field(0.003, ge=0, description="coefficient of the entropy bonus")
     vf_coeff: float = Field(0.5, ge=0, description="coefficient of the value loss")
     hidden: int = Field(64, ge=1, description="hidden units a layer")
-    temperature: float = Field(1.0, gt=0, description="temperature of the prior")
+    temperature: float = Field(0.3, gt=0, description="temperature of the prior")
     explore: float = Field(
         0.3, ge=0, description="deviation of the factors that shake the prior of training episodes"
     )
