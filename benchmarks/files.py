@@ -35,28 +35,25 @@ import copy
 import re
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-import torch_pruning as tp
-from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from benchmarks import results
+from benchmarks.rivals import bare, export_float, pruned, quantize_int8
 from rlcompress import core
 from rlcompress.core.data import Split, fashion_mnist
-from rlcompress.core.export import _quiet, _session, export_onnx, latency
+from rlcompress.core.export import _session, export_onnx, latency
 from rlcompress.core.onnx_graph import container_bytes
 from rlcompress.core.quant import mse_clip, scale_of
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 from rlcompress.core.ticket import CutNetwork, Lesson, Task, in_process
-from rlcompress.core.train import Recipe, logits_of, top1, train
+from rlcompress.core.train import Recipe, logits_of, train
 
 #: Network -> arguments, epochs of the dense training.
 NETWORKS = {"vgg19": ({"width": 0.25}, 2), "mobilenetv2": ({"width": 0.5, "stem_stride": 2}, 5)}
@@ -113,13 +110,7 @@ class Comparison:
         print(f"{self.name}, {method}, {kind}: {row['bytes']:,} bytes", flush=True)
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """fp32 ONNX as torch writes it."""
-        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()
-        names = {"input_names": ["images"], "output_names": ["logits"]}
-        names["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
-        with _quiet():
-            program = torch.onnx.export(model, (self.fit.images(slice(2)),), dynamo=True, **names)
-            program.save(str(path), external_data=False)
+        export_float(model, self.fit.images(slice(2)), path)
 
     def dense(self) -> None:
         model, folder = self.model, self.folder
@@ -174,46 +165,23 @@ class Comparison:
             self.rows[-1] |= {"points_from_packed": points, "same_answer": same, "difference": off}
             self.rows[-1]["bytes_over_container"] = file.bytes / file.container_bytes
 
-    def _pruned(self, importance: tp.importance.Importance) -> nn.Module:
-        """Cut by torch-pruning, batch norms re-estimated on the fitted images."""
-        model, images = copy.deepcopy(self.model), self.fit.images()
-        nn.functional.cross_entropy(model(images), self.fit.labels_N).backward()
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        options = {"pruning_ratio": 1 - KEEP, "ignored_layers": linear[-1:]}
-        tp.pruner.BasePruner(model, images[:1], importance, **options).step()
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum = 1.0  # nothing but these images
-        with torch.no_grad():
-            model.train()(images)
-        for norm in norms:
-            norm.momentum = 0.1  # as before
-        return model.eval()
-
     def baseline(self) -> None:
-        rules = (tp.importance.MagnitudeImportance(p=2), tp.importance.TaylorImportance())
-        model = max(map(self._pruned, rules), key=lambda model: top1(model, self.validation))
+        model = pruned(self.model, self.fit, KEEP, self.validation)
         self._their_files("torch-pruning", model)
         train(model, self.train, self.lesson, seed=self.seed)
         self._their_files("torch-pruning, trained", model)
 
     def _their_files(self, method: str, model: nn.Module) -> None:
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        names = ("1.pt", "2.onnx", "3.onnx", "4.onnx", "5.onnx")
-        saved, written, ready, int8, bare = (folder / name for name in names)
+        saved, written, stripped = (folder / name for name in ("1.pt", "2.onnx", "5.onnx"))
         torch.save(model.state_dict(), saved)
         self.add(method, "state dict", saved, model, logits_of(model, self.test))
         self.export(model, written)
         self.add(method, "fp32 onnx", written, model, run_onnx(written, self.test))
-        feeds = ({"images": x.numpy()} for x in self.fit.images(slice(CALIBRATE)).split(64))
-        reader: Any = SimpleNamespace(get_next=lambda: next(feeds, None))
-        kinds = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
-        with _quiet():
-            quant_pre_process(str(written), str(ready))
-            quantize_static(ready, int8, reader, QuantFormat.QDQ, per_channel=True, **kinds)
+        int8 = quantize_int8(written, self.fit.images(slice(CALIBRATE)), folder)
         self.add(method, "int8 onnx", int8, model, run_onnx(int8, self.test))
-        bare.write_bytes(_bare(onnx.load(int8)))
-        self.add(method, "int8 bare", bare, model, run_onnx(bare, self.test))
+        stripped.write_bytes(bare(int8))
+        self.add(method, "int8 bare", stripped, model, run_onnx(stripped, self.test))
 
     def finish(self) -> None:
         """Ratios and latencies."""
@@ -227,16 +195,6 @@ class Comparison:
             row["smaller_than_packed"] = dense["packed"] / row["bytes"]
             row["smaller_than_onnx"] = dense["fp32 onnx"] / row["bytes"]
             del row["path"]
-
-
-def _bare(model: onnx.ModelProto) -> bytes:
-    """The file without metadata, remarks and recorded shapes."""
-    graph = model.graph
-    del graph.value_info[:]
-    for thing in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        del thing.metadata_props[:]
-        thing.doc_string = ""
-    return model.SerializeToString()
 
 
 def show(rows: list[dict[str, Any]]) -> None:

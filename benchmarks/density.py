@@ -1,0 +1,233 @@
+"""The headline: how small a network gets at one point of accuracy, against static rules.
+
+    uv run python -m benchmarks.density                             # an hour; goes on if stopped
+    uv run python -m benchmarks.density --networks vgg19 --seeds 1
+    uv run python -m benchmarks.density --quick                     # 12 evaluations, 1 seed
+
+Fashion-MNIST, one dense network, three seeds (calibration images and search). `--searcher` and
+`uniform` (its whole grid: every distinct keep ratio x every bit-width) have the same evaluator and
+the same recovery: reconstruction on 1,024 unlabelled training images, no training at all. Of each,
+schedules of its front are recovered anew and measured on the validation images that no search saw,
+smallest first; the first one within 1 point of the dense network is written, read back from the
+disk and measured on the test split, once. Bytes are the file's.
+
+Torch-Pruning cuts to one ratio (25, 50, 70 and 85 % of the channels go, by weights or by Taylor,
+whichever validates better), is trained for `--steps` steps of 128 images towards the answers of the
+dense network, which ours is not, and goes to onnxruntime's static int8, its file without metadata.
+The best ratio is the smallest file within 1 point on the same validation images; if none is, the
+most accurate one, and the row says so.
+
+density   test accuracy (%) per 10^6 bytes;  gain  ours / theirs - 1, at the accuracy floor
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import results
+from benchmarks.files import run_onnx
+from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, workspace
+from benchmarks.rivals import bare, export_float, pruned, quantize_int8
+from rlcompress import core
+from rlcompress.core.data import Split
+from rlcompress.core.pareto import archive_front
+from rlcompress.core.problem import Problem
+from rlcompress.core.schedule import Record, performance_density
+from rlcompress.core.train import distill, teach, top1
+from rlcompress.searchers import Settings, find, in_process
+from rlcompress.searchers.uniform import grid
+from rlcompress.stages.workspace import Workspace
+
+FLOOR = 1.0
+IMAGES, FIT_IMAGES, STEP_IMAGES = 256, 1024, 128
+CHECK_SEED = 10_000
+#: Points below the floor, on the search's own images, from where a schedule is not tried.
+MARGIN = 2.0
+KEEPS = (0.75, 0.5, 0.3, 0.15)
+
+
+def searched(problem: Problem, name: str, settings: Settings) -> list[Record]:
+    """The records of one search, in this process."""
+    if name == "uniform":
+        whole = len(grid(problem, settings.target))
+        settings = replace(settings, evaluations=max(whole, 1))
+    return list(find(name)(problem, settings, [], in_process(problem)))
+
+
+def smallest(
+    run: Workspace, fresh: Problem, model: nn.Module, records: Sequence[Record], held: Split
+) -> dict[str, Any]:
+    """The smallest of the front within the floor on `held`, as its written file; with the test
+    split's answer."""
+    dense = top1(model, held)
+    front = archive_front(records)
+    rough = max(r.measurement.accuracy for r in front) - (FLOOR + MARGIN) / 100
+    tried = 0
+    best: tuple[float, Record] | None = None
+    for record in (r for r in front if r.measurement.accuracy >= rough):
+        tried += 1
+        small = core.fitted_network(model, fresh.evaluator, record.schedule)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "weights.safetensors"
+            core.write_network(path, small, fresh.network, run.ref, record.schedule)
+            read, size = core.load_artifact(path), path.stat().st_size
+        accuracy = top1(read, held)
+        if best is None or accuracy > best[0]:
+            best = accuracy, record
+        if accuracy >= dense - FLOOR / 100:
+            return {"ok": True, "tried": tried, **_judged(read, size, accuracy, run)}
+    assert best is not None
+    return {"ok": False, "tried": tried, "validation": best[0], "bytes": best[1].measurement.bytes}
+
+
+def _judged(model: nn.Module, size: int, validation: float, run: Workspace) -> dict[str, Any]:
+    accuracy = top1(model, run.data.test)
+    return {
+        "bytes": size,
+        "validation": validation,
+        "test": accuracy,
+        "density": performance_density(accuracy, size),
+    }
+
+
+def torch_pruning(
+    run: Workspace, model: nn.Module, held: Split, seed: int, steps: int
+) -> list[dict[str, Any]]:
+    """A row a ratio, and the test answer of the best one."""
+    fit = run.data.train.sample(512, seed)
+    lesson = run.data.train.sample(steps * STEP_IMAGES, seed + 1)
+    taught, few = teach(model, lesson), held.take(torch.arange(1000))
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        for keep in KEEPS:
+            folder = Path(name) / f"{keep}"
+            folder.mkdir()
+            small = pruned(model, fit, keep, few)
+            distill(small, lesson.images(), taught, steps, seed=seed, batch=STEP_IMAGES)
+            written, stripped = folder / "float.onnx", folder / "bare.onnx"
+            export_float(small, fit.images(slice(2)), written)
+            stripped.write_bytes(bare(quantize_int8(written, fit.images(slice(256)), folder)))
+            size, accuracy = stripped.stat().st_size, _accuracy(stripped, held)
+            rows.append({"keep": keep, "bytes": size, "validation": accuracy, "path": stripped})
+        floor = top1(model, held) - FLOOR / 100
+        good = [row for row in rows if row["validation"] >= floor]
+        best = min(good or rows, key=lambda r: r["bytes"] if good else -r["validation"])
+        best["test"] = _accuracy(best["path"], run.data.test)
+        best["density"] = performance_density(best["test"], best["bytes"])
+        best["ok"] = bool(good)
+    return [{**row, "path": ""} for row in rows]
+
+
+def _accuracy(path: Path, split: Split) -> float:
+    return float((run_onnx(path, split).argmax(1) == split.labels_N).float().mean())
+
+
+def measure(network: str, seed: int, options: argparse.Namespace) -> None:
+    """What is missing of one seed."""
+    run = workspace(EXPERIMENTS[network])
+    torch.set_num_threads(1)
+    rows = results.Rows(Path("runs") / f"density-{network}.jsonl")
+    about = {"key": f"{identity(run)} {options.evaluations} {options.steps}", "seed": seed}
+    done = {row["method"] for row in rows.rows if {**row, **about} == row}
+    methods = [m for m in ("uniform", options.searcher, "torch-pruning") if m not in done]
+    if not methods:
+        return
+    known = bundle(run, seed=seed, fit_images=IMAGES, score_images=IMAGES)
+    model = known.model().to(memory_format=torch.channels_last)
+    held = held_back(run, seed=seed, score_images=IMAGES)
+    problem = known.problem()
+    fit = run.data.train.sample(FIT_IMAGES, CHECK_SEED + seed).images().numpy()
+    few = replace(known, fit_NCHW=fit, score_NCHW=known.score_NCHW[:16], cache_bytes=0)
+    assert known.labels_N is not None
+    fresh = replace(few, labels_N=known.labels_N[:16], precision="float32").problem()
+    target = run.experiment.search.target
+    for method in methods:
+        if method == "torch-pruning":
+            for row in torch_pruning(run, model, held, seed, options.steps):
+                if "test" in row:
+                    best = row
+                rows.append({**about, "network": network, "method": "torch-pruning ratio", **row})
+            found = best
+        else:
+            low = target[0] / 2 if method == "uniform" else target[0]
+            settings = Settings(options.evaluations, (low, target[1]), seed, options.sensitivity)
+            records = searched(problem, method, settings)
+            small = [r for r in records if problem.dense.bytes / r.measurement.bytes >= low]
+            found = smallest(run, fresh, model, small, held)
+            found["evaluations"] = len(records)
+        dense = {"dense_bytes": problem.dense.bytes, "dense_test": top1(model, run.data.test)}
+        rows.append({**about, "network": network, "method": method, **dense, **found})
+        print(f"{network} seed {seed} {method}: {found}", flush=True)
+
+
+def summarise(options: argparse.Namespace) -> None:
+    figures: dict[str, Any] = {}
+    everything: list[dict[str, Any]] = []
+    for network, experiment in EXPERIMENTS.items():
+        path = Path("runs") / f"density-{network}.jsonl"
+        if not path.exists():
+            continue
+        key = f"{identity(workspace(experiment))} {options.evaluations} {options.steps}"
+        rows = [row for row in results.read_rows(path) if row["key"] == key]
+        everything += rows
+        by = {(r["method"], r["seed"]): r for r in rows if r.get("density") and r["ok"]}
+        seeds = sorted({seed for method, seed in by if method == options.searcher})
+        ours = {seed: by[options.searcher, seed] for seed in seeds}
+        for method in (options.searcher, "uniform", "torch-pruning"):
+            mine = [by[method, seed] for seed in seeds if (method, seed) in by]
+            if not mine:
+                continue
+            ratio = results.figure([r["dense_bytes"] / r["bytes"] for r in mine], "times smaller")
+            points = [100 * (r["test"] - r["dense_test"]) for r in mine]
+            figures[f"ratio_{method.replace('-', '_')}_{network}"] = ratio
+            figures[f"points_{method.replace('-', '_')}_{network}"] = results.figure(
+                points, "points against dense, test"
+            )
+        for method, name in (("uniform", "gain"), ("torch-pruning", "gain_vs_torch_pruning")):
+            gains = [
+                ours[seed]["density"] / by[method, seed]["density"] - 1
+                for seed in seeds
+                if (method, seed) in by
+            ]
+            if gains:
+                figures[f"{name}_{network}"] = results.figure(gains, "density, ours / theirs - 1")
+    for name, value in figures.items():
+        sd = f" ± {value['sd']:.2f}" if value["sd"] is not None else ""
+        print(f"{name:40}{value['value']:9.2f}{sd}  {value['unit']}  (n = {value['n']})")
+    if everything:
+        print(results.write("density", figures, everything), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--networks", default="vgg19,mobilenetv2")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--searcher", default="knapsack")
+    parser.add_argument("--sensitivity", default="refitted")
+    parser.add_argument("--evaluations", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=100, help="of Torch-Pruning's training")
+    parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
+    options = parser.parse_args()
+    if options.quick:
+        options.evaluations, options.seeds, options.steps = 12, "1", 5
+    for seed in () if options.summary else options.seeds.split(","):
+        for network in options.networks.split(","):
+            measure(network, int(seed), options)
+        summarise(options)
+    if options.summary:
+        summarise(options)
+
+
+if __name__ == "__main__":
+    main()
