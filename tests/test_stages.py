@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.data import digits
@@ -21,6 +22,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.export import onnx_logits
 from rlcompress.core.files import read_archive
 from rlcompress.core.schedule import Record, performance_density
+from rlcompress.core.tensors import save_tensors
 from rlcompress.core.train import top1
 
 EXPERIMENTS = """
@@ -306,15 +308,20 @@ def test_a_target_out_of_reach_is_one_line(ran):
     assert "Traceback" not in done.stderr
 
 
-def test_winners_are_the_densest_at_the_floor_on_the_front(ran):
-    """The floor is 3 points below the dense network on the score images."""
+def tiny(ran, *overrides: str):
     from rlcompress import spec
     from rlcompress.stages import Workspace
-    from rlcompress.stages.ticket import winners
 
     file = spec.load_experiments(ran[0] / "experiments.yaml")
-    experiment = spec.resolve(file, "tiny", ["ticket.top=2", "search.baselines=[]"])
-    run = Workspace("tiny", experiment, ran[0] / "runs" / "tiny")
+    experiment = spec.resolve(file, "tiny", list(overrides))
+    return Workspace("tiny", experiment, ran[0] / "runs" / "tiny")
+
+
+def test_finalists_are_the_densest_of_the_front_that_may_reach_the_floor(ran):
+    """The floor is 3 points below the dense network on the score images; another is granted."""
+    from rlcompress.stages.finals import candidates
+
+    run = tiny(ran, "search.finalists=2")
     some, dense = run.archive()[0], run.problem.dense
 
     def made(evaluation: int, points: float, size: int, kl: float) -> Record:
@@ -327,16 +334,83 @@ def test_winners_are_the_densest_at_the_floor_on_the_front(ran):
     records = [
         made(1, 0.0, 9000, 0.1),
         made(2, 2.0, 5000, 0.2),
-        made(3, 2.9, 4000, 0.3),
-        made(4, 3.1, 3000, 0.4),  # below the floor
-        made(5, 0.0, 9000, 0.5),  # beaten by the first
+        made(3, 3.9, 4000, 0.3),
+        made(4, 4.1, 3000, 0.4),  # below any hope
+        made(5, 0.0, 8999, 0.5),  # beaten by the second
     ]
-    assert [r.evaluation for r in winners(run, records)] == [3, 2]
-    assert [r.evaluation for r in winners(run, records[3:4])] == [4]  # nothing better is there
-    probe = made(6, 0.0, int(dense.bytes / 1.2), 0.01)
-    assert [r.evaluation for r in winners(run, [probe, records[3]])] == [4]
+    assert [r.evaluation for r in candidates(run, records)] == [3, 2]
+    assert [r.evaluation for r in candidates(run, records[3:4])] == [4]  # nothing better is there
+    assert candidates(run, []) == []
+
+
+def test_winners_are_measured_again_on_more_images_and_none_twice(ran):
+    from rlcompress.stages.ticket import winners
+
+    run = tiny(ran, "ticket.top=2", "search.baselines=[]", "search.finalists=3")
+    lines = run.folder / "search" / "finals.jsonl"
+    first = winners(run, run.archive())
+    measured = lines.read_text()
+    assert [r.schedule for r in winners(run, run.archive())] == [r.schedule for r in first]
+    assert lines.read_text() == measured
+    rows = [json.loads(line) for line in measured.splitlines()]
+    mine = [row for row in rows if row["schedule"] == first[0].schedule.to_json()]
+    assert {row["rung"] for row in mine} == {1, 2}
+    searched = {r.schedule: r.measurement for r in run.archive()}
+    for winner in first:
+        assert winner.measurement.bytes == searched[winner.schedule].bytes
+        assert winner.measurement.kl != searched[winner.schedule].kl
+    # The best first: at the floor, or nobody is.
+    floor = mine[0]["measurement"]["dense"] - run.experiment.ticket.floor / 100
+    accuracies = [r.measurement.accuracy for r in first]
+    assert accuracies[0] >= floor or max(accuracies) < floor
+
+
+def test_a_probe_of_one_choice_is_no_winner(ran):
+    from rlcompress.stages.ticket import winners
+
+    run = tiny(ran, "search.baselines=[]")
+    record = run.archive()[0]
+    probe = dataclasses.replace(
+        record, measurement=dataclasses.replace(
+            record.measurement, bytes=int(run.problem.dense.bytes / 1.2), kl=1e-4
+        ),
+    )  # fmt: skip
+    assert [r.schedule for r in winners(run, [probe, record])] == [record.schedule]
     with pytest.raises(UserError, match="knapsack has measured nothing"):
         winners(run, [])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_from_a_file_take_the_place_of_training(ran, tmp_path, suffix):
+    from rlcompress.stages import Workspace
+    from rlcompress.stages.dense import train_dense
+
+    trained = tiny(ran).network("trained").state_dict()
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(trained, path)
+    else:
+        save_tensors(path, trained)
+    experiment = tiny(ran, f"dense.weights={path}").experiment
+    run = Workspace("tiny", experiment, tmp_path / "run")
+    metrics = train_dense(run)
+    assert metrics["curve"] == []
+    loaded = run.network("trained").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
+    assert train_dense(run) == metrics
+
+
+@pytest.mark.parametrize("content", [b"no weights", None])
+def test_weights_that_cannot_be_loaded_are_refused_and_nothing_is_written(ran, tmp_path, content):
+    path = tmp_path / "weights.pt"
+    if content is not None:
+        path.write_bytes(content)
+    words = ("search", "tiny", "--out", str(tmp_path / "run"), "--set", f"dense.weights={path}")
+    done = command(ran[0], *words, check=False)
+    assert done.returncode == 2
+    assert f"dense.weights = {path}: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "dense").exists()
 
 
 def test_a_ticket_is_not_made_of_another_experiments_search(ran):

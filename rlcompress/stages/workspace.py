@@ -89,7 +89,8 @@ class Workspace:
     def search_inputs(self) -> str:
         """All that gives a measurement or a proposal its meaning; not how many there are."""
         # Without defaults: a new option orphans no old search.
-        counted = {"episodes", "baseline_episodes", "searcher", "baselines", "cache_mb"}
+        counts = {"episodes", "baseline_episodes", "finalists", "cache_mb"}
+        counted = {*counts, "searcher", "baselines"}
         search = self.experiment.search
         rest = search.model_dump(mode="json", exclude=counted, exclude_defaults=True)
         hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration", "ppo")
@@ -100,7 +101,8 @@ class Workspace:
         ticket = self.experiment.ticket.model_dump(
             mode="json", exclude={"top", "floor"}, exclude_defaults=True
         )
-        return f"{self.search_inputs()} {json.dumps(ticket, sort_keys=True)}"
+        finalists = self.experiment.search.finalists
+        return f"{self.search_inputs()} {finalists} {json.dumps(ticket, sort_keys=True)}"
 
     @functools.cached_property
     def data(self) -> Data:
