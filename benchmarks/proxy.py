@@ -25,6 +25,7 @@ Every schedule is a line of runs/proxy-NETWORK.jsonl as soon as it is measured.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ from scipy.stats import spearmanr
 from benchmarks import results
 from benchmarks.networks import EXPERIMENTS, bundle, identity, workspace
 from benchmarks.schedules import diverse
-from rlcompress.core.problem import Bundle, Problem
+from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.ticket import Lesson, Task, fitted_network
 from rlcompress.core.train import Recipe
@@ -95,32 +96,38 @@ class Judge:
         self.model = base.model().to(memory_format=torch.channels_last)
         batch = np.concatenate([base.fit_NCHW, base.score_NCHW])
         self.batch = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
-        self.problem = self._full_recovery(run, base, seed)
-        test = run.data.test.sample(settings.test_images, seed)
+        self._run, self._base, self._settings = run, base, settings
+
+    @functools.cached_property
+    def full(self) -> Problem:
+        """The full recovery's fit, with the same estimates, so that the same channels survive."""
+        fit = self._run.data.train.sample(FIT_IMAGES, self._settings.seed).images().numpy()
+        score, labels = self._base.score_NCHW[:16], self._base.labels_N[:16]
+        few = replace(self._base, score_NCHW=score, labels_N=labels)
+        return replace(few, fit_NCHW=fit, recovery="reconstruct").problem()
+
+    @functools.cached_property
+    def lessons(self) -> list[Lesson]:
+        """One a training."""
+        settings, data = self._settings, self._run.data
+        test = data.test.sample(settings.test_images, settings.seed)
         recipe = Recipe(1, BATCH, settings.lr, distill=True)
-        self.lessons = [
+        return [
             Lesson.of(
-                run.data.train.sample(settings.steps * BATCH, seed + 100 * training),
+                data.train.sample(settings.steps * BATCH, settings.seed + 100 * training),
                 test,
                 recipe,
-                seed + training,
+                settings.seed + training,
                 self.model,
                 device="cpu",
             )
             for training in TRAININGS
         ]
 
-    @staticmethod
-    def _full_recovery(run: Workspace, base: Bundle, seed: int) -> Problem:
-        """With the same estimates, so that the same channels survive."""
-        fit = run.data.train.sample(FIT_IMAGES, seed).images().numpy()
-        few = replace(base, score_NCHW=base.score_NCHW[:16], labels_N=base.labels_N[:16])
-        return replace(few, fit_NCHW=fit, recovery="reconstruct").problem()
-
     def label(self, schedule: Schedule) -> list[float]:
-        """Test accuracy (0-1) after each training."""
-        small = fitted_network(self.model, self.problem.evaluator, schedule)
-        task = Task(small, self.problem.network, schedule)
+        """Test accuracy (0-1) after full recovery, one a training."""
+        small = fitted_network(self.model, self.full.evaluator, schedule)
+        task = Task(small, self.full.network, schedule)
         found = []
         for lesson in self.lessons:
             *_, last = task.train(lesson)
@@ -169,7 +176,7 @@ def measure(
     rows = results.Rows(path_of(network))
     done = merged(rows.rows, key)
     judge = Judge(run, settings, recoveries)
-    planned = list(plan(judge.problem, sizes, count, settings.seed))
+    planned = list(plan(judge.full, sizes, count, settings.seed))
     missing = [
         (size, kind, schedule, [r for r in recoveries if r not in known.get("scores", ())], known)
         for size, kind, schedule in planned
