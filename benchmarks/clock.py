@@ -10,7 +10,7 @@ from typing import Any
 
 from envs.observation import Observer
 from rlcompress.core.incremental import IncrementalEvaluator
-from rlcompress.rl.environment import CollectRecords
+from rlcompress.rl.environment import CompressionCallbacks
 from rlcompress.rl.module import PolicyModule
 
 CLOCK = "clock"
@@ -43,8 +43,8 @@ def _time_methods(name: str, owner: Any, *methods: str) -> None:
             setattr(owner, method, timed(name, found))
 
 
-class TimedRecords(CollectRecords):
-    """`CollectRecords` that also sends, an iteration, this runner's seconds so far:
+class TimedRecords(CompressionCallbacks):
+    """`CompressionCallbacks` that also sends, an iteration, this runner's seconds so far:
 
     evaluator    IncrementalEvaluator's advance and finish
     observer     observations and masks
@@ -56,6 +56,7 @@ class TimedRecords(CollectRecords):
     def on_environment_created(
         self, *, env_runner: Any, metrics_logger: Any, env: Any, env_context: Any, **kwargs: Any
     ) -> None:
+        super().on_environment_created(env_runner=env_runner, env=env, env_context=env_context)
         _time_methods("evaluator", IncrementalEvaluator, "advance", "finish")
         _time_methods("observer", Observer, "observe")
         _time_methods("environment", env, "step", "reset")

@@ -85,7 +85,7 @@ def search(run: Workspace, runners: int, seed: int, episodes: int) -> dict[str, 
     begun = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(ppo, "CollectRecords", clock.TimedRecords),
+        mock.patch.object(ppo, "CompressionCallbacks", clock.TimedRecords),
         mock.patch.object(PPO, "train", timed_train),
         mock.patch.object(LearnerGroup, "update", clock.timed("learner", LearnerGroup.update)),
     ):

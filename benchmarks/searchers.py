@@ -11,8 +11,8 @@ of a seed share estimates and evaluator. The dense networks are those of `benchm
 volume    hypervolume of (log size ratio, accuracy) above the low end of the target range and 10
           points below dense, as a share of the rectangle up to its high end and dense accuracy;
           `searched` on the images that scored the search, `checked` on others: at most 12 schedules
-          of the front (bytes, KL), within 10 points of dense on the search's images, are fitted anew
-          on 1,024 other training images and measured on the validation images held back
+          of the front (bytes, KL), within 10 points of dense on the search's images, fitted anew on
+          1,024 other training images and measured on the validation images held back
 ratio     dense bytes / least bytes within 1 point of dense, `checked`
 
 `ppo100_minus_best100_NETWORK`: relative difference of the checked volume, paired by seed, between

@@ -182,6 +182,8 @@ def search(
             while count + batch <= end:
                 result = algorithm.train()
                 rows = result.get("env_runners", {}).get(RECORDS, [])
+                if isinstance(rows, dict):
+                    rows = [rows]  # RLlib unpacks a list of one
                 # Runner by runner: the archive's order does not depend on who was faster.
                 for info in sorted(rows, key=lambda info: info["runner"]):
                     if count < total:
