@@ -37,11 +37,13 @@ import torch
 
 from benchmarks import results
 from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, workspace
+from rlcompress.core.files import save_bytes
 from rlcompress.core.pareto import archive_front, hypervolume
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import Task, fitted_network
 from rlcompress.core.train import top1
+from rlcompress.report.figures import front_figure, to_png
 from rlcompress.searchers import Settings, find, in_process
 from rlcompress.stages.workspace import Workspace
 
@@ -246,6 +248,7 @@ def summarise(budget: int, sensitivity: str) -> None:
             mine = [row for row in results.read_rows(path) if row["key"] == key]
             if any(row["kind"] == "done" for row in mine):
                 rows += [{"network": network, "seed": seed, **row} for row in judge(mine, target)]
+        _picture(network, paths[0], key, target, budget)
         everything += rows
         figures |= _figures(network, rows, budget)
     for name, value in figures.items():
@@ -253,6 +256,21 @@ def summarise(budget: int, sensitivity: str) -> None:
         print(f"{name:36}{value['value']:8.3f}{sd}  {value['unit']}  (n = {value['n']})")
     if everything:
         print(results.write("searchers", figures, everything), flush=True)
+
+
+def _picture(network: str, path: Path, key: str, target: Target, budget: int) -> None:
+    """`results/searchers-NETWORK.png`: all that one seed's searchers measured in the target range,
+    on the images that scored the search."""
+    rows = [row for row in results.read_rows(path) if row["key"] == key]
+    (dense,) = (row for row in rows if row["kind"] == "dense")
+    records = [record for name in SEARCHED for record in own_records(rows, name, budget)]
+    records = [r for r in records if r.measurement.bytes <= dense["bytes"] / target[0]]
+    if not records:
+        return
+    whole = replace(
+        records[0].measurement, bytes=dense["bytes"], accuracy=dense["searched"], kl=0.0
+    )
+    save_bytes(results.FOLDER / f"searchers-{network}.png", to_png(front_figure(records, whole)))
 
 
 def _figures(network: str, rows: list[dict[str, Any]], budget: int) -> dict[str, Any]:
