@@ -75,3 +75,22 @@ def test_losses_never_fall_when_more_is_cut(prior):
     assert (np.diff(prune, axis=1) <= 0).all()
     assert (np.diff(quantize, axis=1) <= 0).all()
     assert (prune[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize("net", ["vgg19"], indirect=True)
+def test_a_shaken_prior_answers_otherwise_and_within_the_same_bytes(net, net_estimates):
+    costs = CostModel(net.network)
+    plain = Prior(net.network, costs, Losses.of(net.network, net_estimates, refitted=True))
+    dense = costs.cost(Schedule()).bytes
+    still = plain.shaken(np.random.default_rng(0), 0.0)
+    found = set()
+    for ratio in (10, 20, 40):
+        assert still.schedule(dense / ratio) == plain.schedule(dense / ratio)
+        for seed in range(3):
+            shaken = plain.shaken(np.random.default_rng(seed), 0.5, 24)
+            again = plain.shaken(np.random.default_rng(seed), 0.5, 24)
+            schedule = shaken.schedule(dense / ratio)
+            assert again.schedule(dense / ratio) == schedule
+            assert costs.cost(schedule).bytes <= dense / ratio
+            found.add(schedule)
+    assert len(found) > 6
