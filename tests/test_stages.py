@@ -32,8 +32,8 @@ experiments:
     data: {factory: digits}
     dense: {epochs: 3, batch_size: 32}
     calibration: {fit_images: 64, score_images: 64, positions: 256, estimate_images: 32}
-    search: {searcher: knapsack, episodes: 12, target: [6, 20], keeps: [1.0, 0.6, 0.3],
-             bits: [2, 4, 8]}
+    search: {searcher: knapsack, episodes: 12, finalists: 3, target: [6, 20],
+             keeps: [1.0, 0.6, 0.3], bits: [2, 4, 8]}
     ppo: {num_env_runners: 0, episodes_per_iteration: 8}
     ticket: {epochs: 2, batch_size: 32, lr: 0.05, fit_images: 128, floor: 3.0}
 """
