@@ -38,6 +38,7 @@ from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, worksp
 from benchmarks.rivals import bare, export_float, pruned, quantize_int8
 from rlcompress import core
 from rlcompress.core.data import Split
+from rlcompress.core.files import read_lines
 from rlcompress.core.pareto import archive_front
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, performance_density
@@ -149,6 +150,7 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     assert known.labels_N is not None
     fresh = replace(few, labels_N=known.labels_N[:16], precision="float32").problem()
     target = run.experiment.search.target
+    dense = {"dense_bytes": problem.dense.bytes, "dense_test": top1(model, run.data.test)}
     for method in methods:
         if method == "torch-pruning":
             for row in torch_pruning(run, model, held, seed, options.steps):
@@ -163,7 +165,6 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
             small = [r for r in records if problem.dense.bytes / r.measurement.bytes >= low]
             found = smallest(run, fresh, model, small, held)
             found["evaluations"] = len(records)
-        dense = {"dense_bytes": problem.dense.bytes, "dense_test": top1(model, run.data.test)}
         rows.append({**about, "network": network, "method": method, **dense, **found})
         print(f"{network} seed {seed} {method}: {found}", flush=True)
 
@@ -176,7 +177,7 @@ def summarise(options: argparse.Namespace) -> None:
         if not path.exists():
             continue
         key = f"{identity(workspace(experiment))} {options.evaluations} {options.steps}"
-        rows = [row for row in results.read_rows(path) if row["key"] == key]
+        rows = [row for row in read_lines(path) if row["key"] == key]
         everything += rows
         by = {(r["method"], r["seed"]): r for r in rows if r.get("density")}
         seeds = sorted({seed for method, seed in by if method == options.searcher})
@@ -211,9 +212,7 @@ def summarise(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--networks", default="vgg19,mobilenetv2")
     parser.add_argument("--seeds", default="1,2,3")

@@ -39,6 +39,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.networks import EXPERIMENTS, bundle, identity, workspace
+from rlcompress.core.files import read_lines
 from rlcompress.core.policy import ILLEGAL
 from rlcompress.core.problem import Bundle, pick_device
 from rlcompress.core.schedule import Measurement, Schedule
@@ -265,7 +266,7 @@ def measure_all(options: argparse.Namespace, path: Path, key: str) -> None:
 def summarise(device: str, path: Path, key: str) -> None:
     """Prints the figures and writes the result file."""
     newest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in results.read_rows(path):
+    for row in read_lines(path):
         if row["key"] == key:
             kind = ("part", "network", "recovery", "keep", "searcher")
             newest[tuple(row.get(k) for k in kind)] = row
@@ -295,9 +296,7 @@ def summarise(device: str, path: Path, key: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--networks", default="vgg19,mobilenetv2")
     parser.add_argument("--parts", default=",".join(PARTS))

@@ -231,7 +231,7 @@ def _with_earlier(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=FAMILIES)
     parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)

@@ -30,7 +30,6 @@ activations is an error. Bytes are not speed: all but int8 ONNX compute in float
 
 from __future__ import annotations
 
-import argparse
 import copy
 import re
 import tempfile
@@ -234,7 +233,7 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

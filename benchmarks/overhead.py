@@ -22,7 +22,6 @@ Every search is a process, and then a line of runs/overhead.jsonl.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -154,9 +153,7 @@ def summarise(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--episodes", type=int, default=80)

@@ -24,7 +24,6 @@ Every schedule is a line of runs/proxy-NETWORK.jsonl as soon as it is measured.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import time
@@ -41,6 +40,7 @@ from scipy.stats import spearmanr
 from benchmarks import results
 from benchmarks.networks import EXPERIMENTS, bundle, identity, workspace
 from benchmarks.schedules import diverse
+from rlcompress.core.files import read_lines
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.ticket import Lesson, Task, fitted_network
@@ -244,7 +244,7 @@ def summarise(settings: Settings) -> None:
         if not path_of(network).exists():
             continue
         key = settings.key(identity(workspace(experiment)))
-        rows = list(merged(results.read_rows(path_of(network)), key).values())
+        rows = list(merged(read_lines(path_of(network)), key).values())
         limits = ceilings(rows)
         if not limits:
             continue
@@ -280,9 +280,7 @@ def summarise(settings: Settings) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--networks", default="vgg19,mobilenetv2,resnet18")
     parser.add_argument("--schedules", type=int, default=30, help="a size")

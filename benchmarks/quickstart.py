@@ -13,7 +13,6 @@ range, score images (both searchers had the same number of evaluations).
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -103,7 +102,7 @@ def summarise(experiment: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = results.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="the first seed alone")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--experiment", default="quickstart")

@@ -3,6 +3,7 @@ a long benchmark has measured so far."""
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rlcompress.core.files import JsonLines, save_json
+from rlcompress.core.files import JsonLines, read_lines, save_json
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -32,12 +33,11 @@ def median_figure(values: Sequence[float], unit: str) -> dict[str, Any]:
     return {**figure(values, unit), "value": statistics.median(values)}
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of `Rows`; [] without one."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def parser(description: str) -> argparse.ArgumentParser:
+    """For a module's own `__doc__`, shown as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 class Rows:
@@ -51,7 +51,7 @@ class Rows:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SystemExit(f"{path}: another process is writing it") from None
-        self.rows = read_rows(path)
+        self.rows = read_lines(path)
         self._file = JsonLines(path)
 
     def append(self, row: Mapping[str, Any]) -> None:

@@ -23,7 +23,6 @@ Every evaluation is a line of runs/searchers-NETWORK-SEED.jsonl as soon as it is
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -37,7 +36,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, workspace
-from rlcompress.core.files import save_bytes
+from rlcompress.core.files import read_lines, save_bytes
 from rlcompress.core.pareto import archive_front, hypervolume
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record, Schedule
@@ -245,7 +244,7 @@ def summarise(budget: int, sensitivity: str) -> None:
         rows: list[dict[str, Any]] = []
         for path in paths:
             seed = int(path.stem.rpartition("-")[2])
-            mine = [row for row in results.read_rows(path) if row["key"] == key]
+            mine = [row for row in read_lines(path) if row["key"] == key]
             if any(row["kind"] == "done" for row in mine):
                 rows += [{"network": network, "seed": seed, **row} for row in judge(mine, target)]
         _picture(network, paths[0], key, target, budget)
@@ -261,7 +260,7 @@ def summarise(budget: int, sensitivity: str) -> None:
 def _picture(network: str, path: Path, key: str, target: Target, budget: int) -> None:
     """`results/searchers-NETWORK.png`: all that one seed's searchers measured in the target range,
     on the images that scored the search."""
-    rows = [row for row in results.read_rows(path) if row["key"] == key]
+    rows = [row for row in read_lines(path) if row["key"] == key]
     (dense,) = (row for row in rows if row["kind"] == "dense")
     records = [record for name in SEARCHED for record in own_records(rows, name, budget)]
     records = [r for r in records if r.measurement.bytes <= dense["bytes"] / target[0]]
@@ -314,9 +313,7 @@ def _figures(network: str, rows: list[dict[str, Any]], budget: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = results.parser(__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--networks", default="vgg19,mobilenetv2")
     parser.add_argument("--searchers", default=",".join(SEARCHED))

@@ -24,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from rlcompress.core.schedule import BITS, KEEPS
+from rlcompress.core.schedule import BITS, KEEPS, RECOVERIES, parse_recovery
 
 MODELS = ("vgg19", "mobilenetv2", "resnet18")
 DATASETS = ("digits", "fashion_mnist", "cifar10")
@@ -85,13 +85,15 @@ def _size_range(target: tuple[float, float]) -> tuple[float, float]:
 
 
 def _recovery(value: str) -> str:
-    names = ("none", "bn", "reconstruct")
-    if value in names or re.fullmatch(r"steps:[1-9]\d*", value):
-        return value
-    raise ValueError(
-        f"must be one of {', '.join(names)}, or steps:K with K of 1 or more"
-        + did_you_mean(value, (*names, "steps:20"))
-    )
+    try:
+        parse_recovery(value)
+    except ValueError:
+        *names, _ = RECOVERIES
+        raise ValueError(
+            f"must be one of {', '.join(names)}, or steps:K with K of 1 or more"
+            + did_you_mean(value, (*names, "steps:20"))
+        ) from None
+    return value
 
 
 def _image_shape(text: str) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ two never overlap. N = F + S. The dense network is run once, in float32; candida
 from __future__ import annotations
 
 import copy
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
@@ -43,26 +42,15 @@ from rlcompress.core.reconstruct import (
     refit,
     sample_positions,
 )
-from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule
+from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, parse_recovery
 from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.trace import TraceError
 from rlcompress.core.train import distill
 
-RECOVERIES = ("none", "bn", "reconstruct", "steps:K")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 #: Rows that batch statistics are taken from: they are then known to 1 % of a deviation.
 STATISTICS_ROWS = 16384
-
-
-def parse_recovery(recovery: str) -> tuple[str, int]:
-    """What a layer's step does, and how many training steps follow the last one. Raises ValueError
-    on what is not one of `RECOVERIES`."""
-    if (match := re.fullmatch(r"steps:([1-9]\d*)", recovery)) is not None:
-        return "bn", int(match[1])
-    if recovery not in RECOVERIES[:-1]:
-        raise ValueError(f"recovery {recovery!r}; allowed: {', '.join(RECOVERIES)}")
-    return recovery, 0
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -167,8 +155,7 @@ class Evaluator(ABC):
     def _retrained(self, prefix: Prefix) -> torch.Tensor:
         """(S, classes) after `steps` of quantization-aware distillation on the fitted images."""
         small = network_of(self._model, self.network, prefix)
-        bits = {name: self.schedule(prefix).width(name) for name in self.network.layers}
-        attach_fake_quant(small.model, self.network, bits, small.scales)
+        attach_fake_quant(small.model, self.network, self.schedule(prefix).bits, small.scales)
         fit, score = self._batch[: self.fit_count], self._batch[self.fit_count :]
         with torch.inference_mode(False), torch.enable_grad():
             taught = self._dense_logits[: self.fit_count].clone().log_softmax(1)

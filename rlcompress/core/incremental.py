@@ -203,7 +203,9 @@ class IncrementalEvaluator(Evaluator):
         def handle(call: Call) -> torch.Tensor:
             y = call.run()
             self._aim(call, y)
-            if (other := self._sums.get(call.name)) is not None:
+            other = self._sums.get(call.name)
+            # A broadcast summand has no values at the layer's own positions.
+            if other is not None and live[other].shape == y.shape:
                 self._beside[call.name] = self._targets[call.name][0].outputs(live[other]).clone()
             return y
 
@@ -217,10 +219,10 @@ class IncrementalEvaluator(Evaluator):
     ) -> torch.Tensor | None:
         """(P, O) what the layer should add to its outputs so that the sum it ends in is the dense
         one: the error of the other summand, in units before its batch norm."""
-        other = self._sums.get(layer.name)
-        if other is None:
+        dense_PO = self._beside.get(layer.name)
+        if dense_PO is None:
             return None
-        dense_PO = self._beside[layer.name]
+        other = self._sums[layer.name]
         shift_PO = torch.zeros_like(dense_PO)
         out = torch.from_numpy(np.flatnonzero(out_mask))
         now_PO = self._targets[layer.name][0].outputs(live[other]).float()

@@ -44,13 +44,18 @@ def archive_front(records: Iterable[Record], score: str = "kl") -> list[Record]:
     return front(list(records), lambda r: (r.measurement.bytes, r.measurement.error(score)))
 
 
+def rank_at_floor(accuracy: float, floor: float, density: float) -> tuple[bool, float]:
+    """Orders results, the best last: those at the accuracy floor by density, below it by
+    accuracy."""
+    feasible = accuracy >= floor
+    return feasible, density if feasible else accuracy
+
+
 def ticket_rank(ticket: Mapping[str, Any]) -> tuple[bool, float]:
-    """Orders the contents of ticket.json by the validation split, the best last: those at the
-    accuracy floor by density, below it by accuracy. The test split chooses nothing."""
+    """`rank_at_floor` of a ticket.json by the validation split: the test split chooses nothing."""
     accuracy = ticket["validation"][ticket["arm"]]
-    if accuracy >= ticket["validation"]["dense"] - ticket["floor"] / 100:
-        return True, performance_density(accuracy, ticket["ticket"]["bytes"])
-    return False, accuracy
+    floor = ticket["validation"]["dense"] - ticket["floor"] / 100
+    return rank_at_floor(accuracy, floor, performance_density(accuracy, ticket["ticket"]["bytes"]))
 
 
 def best_at_floor(records: Iterable[Record], floor: float) -> Record | None:

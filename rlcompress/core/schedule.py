@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -20,6 +21,18 @@ KEEPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
 BITS = (2, 3, 4, 5, 6, 8)
 #: What a measurement can be judged by.
 SCORES = ("kl", "accuracy", "unexplained")
+#: What a candidate gets before it is scored.
+RECOVERIES = ("none", "bn", "reconstruct", "steps:K")
+
+
+def parse_recovery(recovery: str) -> tuple[str, int]:
+    """What a layer's step does, and how many training steps follow the last one. Raises ValueError
+    on what is not one of `RECOVERIES`."""
+    if (match := re.fullmatch(r"steps:([1-9]\d*)", recovery)) is not None:
+        return "bn", int(match[1])
+    if recovery not in RECOVERIES[:-1]:
+        raise ValueError(f"recovery {recovery!r}; allowed: {', '.join(RECOVERIES)}")
+    return recovery, 0
 
 
 @dataclass(frozen=True, eq=True)

@@ -58,10 +58,26 @@ def _augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), cropped.flip(-1), cropped)
 
 
-def _rate(recipe: Recipe, step: int, total: int) -> float:
-    """One cycle (Smith & Topin, 2019): linear up over the first tenth, then linear to zero."""
+def one_cycle(step: int, total: int) -> float:
+    """Share of the peak learning rate (Smith & Topin, 2019): linear up over the first tenth, then
+    linear to zero."""
     warm = max(1, total // 10)
-    return recipe.lr * min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+    return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
+    """One step at learning rate `lr`, the gradient's norm held to 5."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(_parameters(optimizer), 5.0)
+    optimizer.step()
+
+
+def imitation(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+    """KL from `taught`, log-probabilities (N, classes), to what `logits` say; mean over images."""
+    return F.kl_div(logits.log_softmax(1), taught, log_target=True, reduction="batchmean")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -189,16 +205,8 @@ def epochs(
                 with torch.no_grad():
                     wanted = teacher(images).log_softmax(1)
             if wanted is not None:
-                distance = F.kl_div(
-                    logits.log_softmax(1), wanted, log_target=True, reduction="batchmean"
-                )
-                loss = 0.5 * (loss + distance)
-            for group in optimizer.param_groups:
-                group["lr"] = _rate(recipe, epoch * steps + i, total)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
+                loss = 0.5 * (loss + imitation(logits, wanted))
+            descend(optimizer, loss, recipe.lr * one_cycle(epoch * steps + i, total))
             losses.append(loss.detach())
         mean = float(torch.stack(losses).mean())
         if not mean == mean or mean == float("inf"):
@@ -262,19 +270,12 @@ def distill(
     """Trains `model` in place for some steps towards `taught`, log-probabilities (N, classes) of
     `images` (N, C, H, W); no labels. It is left in eval mode."""
     model.train()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
-    recipe, generator = Recipe(1, batch, lr), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
+    generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         index = torch.randperm(len(images), generator=generator)[:batch].to(images.device)
-        predicted = model(images[index]).log_softmax(1)
-        loss = F.kl_div(predicted, taught[index], log_target=True, reduction="batchmean")
-        for group in optimizer.param_groups:
-            group["lr"] = _rate(recipe, step, steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimizer.step()
+        loss = imitation(model(images[index]), taught[index])
+        descend(optimizer, loss, lr * one_cycle(step, steps))
     model.eval()
 
 

@@ -12,7 +12,7 @@ import jinja2
 import yaml
 from matplotlib.figure import Figure
 
-from rlcompress.core.files import read_archive, save_bytes
+from rlcompress.core.files import read_archive, read_lines, save_bytes
 from rlcompress.core.pareto import archive_front, best_at_floor, ticket_rank
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.report import figures
@@ -53,9 +53,7 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
     if main is not None:
         drawn["arms"] = figures.arms_figure(main)
         drawn["schedule"] = figures.schedule_figure(Schedule.from_dict(main["schedule"]), layers)
-    curve = run / "search" / "curve.jsonl"
-    points = _lines(curve) if curve.is_file() else []
-    if points:
+    if points := read_lines(run / "search" / "curve.jsonl"):
         drawn["learning"] = figures.learning_figure(points)
     drawn["training"] = figures.training_figure(training, main)
 
@@ -97,11 +95,6 @@ def _needed(run: Path, name: str) -> Path:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _lines(path: Path) -> list[Any]:
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
 
 
 def _chosen(

@@ -166,9 +166,9 @@ def search(
     policy = Policy(shape)
     if resumed:
         policy, _ = load_policy(folder, shape.observation_version)
+    untrained, guesses = Policy(shape), targets(settings, first - len(spent))
     while count < first:
-        guesses = targets(settings, first - len(spent))
-        yield record(greedy(Policy(shape), env, guesses[count - len(spent)]))
+        yield record(greedy(untrained, env, guesses[count - len(spent)]))
 
     if count + batch <= end:
         start_ray(ppo)

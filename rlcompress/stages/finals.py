@@ -11,9 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import JsonLines, read_lines
-from rlcompress.core.pareto import archive_front
+from rlcompress.core.pareto import archive_front, rank_at_floor
 from rlcompress.core.schedule import Measurement, Record
 from rlcompress.live import stage
 from rlcompress.stages.workspace import Workspace
@@ -64,7 +64,12 @@ def finals(run: Workspace, name: str, records: Sequence[Record]) -> list[Record]
                 schedule = record.schedule.to_json()
                 key = (f"{run.search_inputs()} {rung}", schedule)
                 if key not in known:
-                    evaluators = evaluators or [_evaluator(run, rung, s) for s in rung.seeds]
+                    if not evaluators:
+                        dense = run.network("trained").to(run.device)
+                        evaluators = [
+                            run.evaluator(dense, rung.fit_images, run.splits[1], s)
+                            for s in rung.seeds
+                        ]
                     several = [x.evaluate(record.schedule) for x in evaluators]
                     known[key] = {
                         "mean": _mean(several).to_dict(),
@@ -78,32 +83,12 @@ def finals(run: Workspace, name: str, records: Sequence[Record]) -> list[Record]
                 floor = known[key]["dense"] - e.ticket.floor / 100
                 measured.append(replace(record, measurement=mean))
                 shown.update((number - 1) * len(left) + len(measured), f"{mean.accuracy:.1%}")
-            measured.sort(key=lambda r: _rank(r.measurement, floor), reverse=True)
+            measured.sort(
+                key=lambda r: rank_at_floor(r.measurement.accuracy, floor, r.measurement.density),
+                reverse=True,
+            )
             left, out = measured[: -(-len(measured) // 2)], measured + out[len(measured) :]
     return out
-
-
-def _rank(measurement: Measurement, floor: float) -> tuple[bool, float]:
-    feasible = measurement.accuracy >= floor
-    return feasible, measurement.density if feasible else measurement.accuracy
-
-
-def _evaluator(run: Workspace, rung: Rung, seed: int) -> Evaluator:
-    e = run.experiment
-    fit, score = run.data.train.sample(rung.fit_images, seed), run.splits[1]
-    return build_evaluator(
-        run.network("trained").to(run.device),
-        run.structure,
-        fit.images().to(run.device),
-        score.images().to(run.device),
-        score.labels_N.to(run.device) if e.calibration.labels else None,
-        run.bundle.estimates,
-        recovery=e.search.recovery,
-        positions=2 * e.calibration.positions,
-        precision=e.search.precision,
-        cache_bytes=0,
-        seed=seed,
-    )
 
 
 def _mean(several: Sequence[Measurement]) -> Measurement:

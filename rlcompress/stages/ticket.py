@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import save_json
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import (
@@ -72,7 +72,7 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
     dense = run.network("trained").to(run.device)
     recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=t.distill)
     lesson = Lesson.of(run.data.train, run.splits[2], recipe, e.seed, dense, e.device)
-    evaluator = _evaluator(run, dense)
+    evaluator = run.evaluator(dense, t.fit_images, run.splits[0], e.seed)
     epochs: dict[tuple[Path, str], int] = {}
     with stage("tickets", len(wanted) * (len(ARMS) - 1) * t.epochs) as shown:
 
@@ -99,26 +99,6 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
                 # Their networks are on the disk.
                 arms.clear()
                 yield ticket
-
-
-def _evaluator(run: Workspace, dense: nn.Module) -> Evaluator:
-    """Fits reconstructions on more images than the search's."""
-    e = run.experiment
-    fit = run.data.train.sample(e.ticket.fit_images, e.seed)
-    score = run.splits[0]
-    return build_evaluator(
-        dense,
-        run.structure,
-        fit.images().to(run.device),
-        score.images().to(run.device),
-        score.labels_N.to(run.device) if e.calibration.labels else None,
-        run.bundle.estimates,
-        recovery=e.search.recovery,
-        positions=2 * e.calibration.positions,
-        precision=e.search.precision,
-        cache_bytes=0,
-        seed=e.seed,
-    )
 
 
 def _plans(

@@ -17,6 +17,7 @@ from torch import nn
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import Data, Split, build_data
 from rlcompress.core.errors import UserError
+from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.files import read_archive
 from rlcompress.core.graph import Network
 from rlcompress.core.pareto import ticket_rank
@@ -161,6 +162,24 @@ class Workspace:
             cache_bytes=e.search.cache_mb * 2**20,
             seed=e.seed,
             device=e.device,
+        )
+
+    def evaluator(self, dense: nn.Module, fit_images: int, score: Split, seed: int) -> Evaluator:
+        """For a last judgement: fits reconstructions on other and more images than the search
+        did, at twice the positions, and keeps no cache."""
+        e = self.experiment
+        return build_evaluator(
+            dense,
+            self.structure,
+            self.data.train.sample(fit_images, seed).images().to(self.device),
+            score.images().to(self.device),
+            score.labels_N.to(self.device) if e.calibration.labels else None,
+            self.bundle.estimates,
+            recovery=e.search.recovery,
+            positions=2 * e.calibration.positions,
+            precision=e.search.precision,
+            cache_bytes=0,
+            seed=seed,
         )
 
     @functools.cached_property
