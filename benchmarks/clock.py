@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from envs.observation import Observer
 from rlcompress.core.incremental import IncrementalEvaluator
+from rlcompress.core.observation import Observer
 from rlcompress.rl.environment import CompressionCallbacks
 from rlcompress.rl.module import PolicyModule
 

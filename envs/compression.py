@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from envs.episodes import Episodes
-from envs.observation import OBSERVATION_VERSION
+from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.problem import Problem
 
 
@@ -29,8 +29,8 @@ class CompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     An illegal action raises ValueError.
 
     ## Observation space
-    `Dict(actions=Box(A, 10), state=Box(23), mask=Box(A))`, float32, values within [-50, 50]
-    (mask: 0 or 1). The columns, their meaning and units are listed in `envs/observation.py`;
+    `Dict(actions=Box(A, 10), state=Box(31), mask=Box(A))`, float32, values within [-50, 50]
+    (mask: 0 or 1). The columns, their meaning and units: `rlcompress/core/observation.py`;
     the last column of `actions` is the logit of the prior (the Lagrangian knapsack on the
     estimates), at most 0.
 

@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.observation import ACTION_COLUMNS, STATE_COLUMNS, Observer
+from rlcompress.core.observation import ACTION_COLUMNS, STATE_COLUMNS, Observer
 from rlcompress.core.prefix import Prefix
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement
@@ -43,7 +43,7 @@ class Episodes:
     ) -> None:
         problem.require_reachable(target)
         self.problem, self.target_range = problem, target
-        self.observer = Observer(problem, temperature)
+        self.observer = Observer(problem.prior, problem.evaluator.estimates, temperature)
         self.kl_weight, self.accuracy_weight = kl_weight, accuracy_weight
         self.shaping, self.gamma, self.explore = shaping, gamma, explore
         actions = len(self.observer.keep_A)

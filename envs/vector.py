@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from envs.episodes import Episodes
-from envs.observation import OBSERVATION_VERSION
+from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.problem import Problem
 
 Observations = dict[str, np.ndarray]
@@ -27,7 +27,7 @@ class CompressionVectorEnv(VectorEnv[Observations, np.ndarray, np.ndarray]):
 
     ## Action and observation space
     `CompressionEnv`'s, batched: `MultiDiscrete`, and `Dict(actions=Box(N, A, 10),
-    state=Box(N, 23), mask=Box(N, A))`. An illegal action in any episode raises ValueError, and
+    state=Box(N, 31), mask=Box(N, A))`. An illegal action in any episode raises ValueError, and
     no episode has moved.
 
     ## Reward

@@ -11,13 +11,24 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlcompress.core.artifact import ModelRef, load_artifact
+    from rlcompress.core.dynamic import DynamicCompressor, Pace
     from rlcompress.core.schedule import Measurement, Record, Schedule
 
 # Before torch loads: OpenMP threads that spin at a barrier make two-core machines ten times
 # slower as soon as anything else runs (46 s against 4.7 s for the same training epoch).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__all__ = ["Measurement", "Record", "Schedule", "__version__"]
+__all__ = [
+    "DynamicCompressor",
+    "Measurement",
+    "ModelRef",
+    "Pace",
+    "Record",
+    "Schedule",
+    "__version__",
+    "load_artifact",
+]
 
 try:
     __version__ = version("rlcompress")
@@ -25,6 +36,10 @@ except PackageNotFoundError:  # a checkout on the path, not installed
     __version__ = "0+unknown"
 
 _HOMES = {
+    "DynamicCompressor": "rlcompress.core.dynamic",
+    "ModelRef": "rlcompress.core.artifact",
+    "Pace": "rlcompress.core.dynamic",
+    "load_artifact": "rlcompress.core.artifact",
     "Measurement": "rlcompress.core.schedule",
     "Record": "rlcompress.core.schedule",
     "Schedule": "rlcompress.core.schedule",

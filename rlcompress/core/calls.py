@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from rlcompress.core.quant import float_weight
+
 Pair = tuple[int, int]
 
 
@@ -126,6 +128,16 @@ class LayerCalls(TorchFunctionMode):
                 with torch.autocast(weight.device.type, enabled=False):
                     return self._handle(kind(name, *args, **given))
         return func(*args, **kwargs)
+
+
+def as_call(name: str, module: nn.Conv2d | nn.Linear, x: torch.Tensor) -> Call:
+    """A module's own use of its weight, before any parametrization of it, on the input `x`."""
+    weight = float_weight(module)
+    if isinstance(module, nn.Linear):
+        return _linear(name, x, weight, module.bias)
+    return _convolution(
+        name, x, weight, module.bias, module.stride, module.padding, module.dilation, module.groups
+    )
 
 
 def layer_weights(model: nn.Module) -> dict[str, torch.Tensor]:

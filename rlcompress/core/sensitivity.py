@@ -130,12 +130,12 @@ def _sampled_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.T
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
 
 
-def _root_activation(
-    call: Call, values: torch.Tensor, link: Link, channels: int, images: int
+def root_activation(
+    values: torch.Tensor, link: Link, channels: int, images: int, *, convolution: bool
 ) -> torch.Tensor:
     """(N, C, positions) of a consumer's input (or its gradient); a flattened map's features are
     positions."""
-    if call.window is not None:
+    if convolution:
         columns = values.flatten(2)
     else:
         columns = values.reshape(images, -1, values.shape[-1]).transpose(1, 2)
@@ -174,12 +174,14 @@ class _Consumers:
         """A group's centred channels a_NCP as this layer reads them, and their gradient g_NCP."""
         call = self._calls[name]
         assert call.x.grad is not None
-        a_NCP = _root_activation(call, call.x.detach(), link, channels, images)
-        g_NCP = _root_activation(call, call.x.grad, link, channels, images)
+        a_NCP, g_NCP = (
+            root_activation(t, link, channels, images, convolution=call.window is not None)
+            for t in (call.x.detach(), call.x.grad)
+        )
         return a_NCP - a_NCP.mean((0, 2), keepdim=True), g_NCP
 
 
-def _readers(network: Network) -> dict[str, list[tuple[str, Link]]]:
+def readers_of(network: Network) -> dict[str, list[tuple[str, Link]]]:
     """Group -> the layers that read it (depthwise ones pass it on, they are not readers); none
     of a protected group."""
     readers: dict[str, list[tuple[str, Link]]] = {g: [] for g in network.groups}
@@ -208,7 +210,7 @@ def _first_pass(
 ) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], dict[str, torch.Tensor]]:
     """Layer -> E[g_w^2]; group -> importance (C,); group -> covariance (C, C)."""
     modules = dict(model.named_modules())
-    readers = _readers(network)
+    readers = readers_of(network)
     fisher = {name: torch.zeros_like(modules[name].weight) for name in network.layers}  # type: ignore[arg-type]
     importance = {n: np.zeros(g.channels) for n, g in network.groups.items()}
     covariance = {n: torch.zeros(g.channels, g.channels) for n, g in network.groups.items()}
@@ -232,7 +234,7 @@ def _first_pass(
     return fisher, importance, covariance
 
 
-def _predictor(covariance: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
+def predictor(covariance: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
     """(kept, cut): the ridge regression of the cut channels on the kept ones."""
     keep, gone = torch.from_numpy(np.flatnonzero(kept)), torch.from_numpy(np.flatnonzero(~kept))
     a = covariance[keep][:, keep].double()
@@ -252,11 +254,11 @@ def _cut_costs(
     batch: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Group -> (K,) of 1/2 E[(sum over cut channels)^2]: plain, and with consumers refitted."""
-    readers = _readers(network)
+    readers = readers_of(network)
     modules = dict(model.named_modules())
     device = images.device
     predictors = {
-        name: [_predictor(covariance[name], mask).to(device) for mask in masks]
+        name: [predictor(covariance[name], mask).to(device) for mask in masks]
         for name, masks in kept.items()
     }
     plain = {name: np.zeros(len(masks)) for name, masks in kept.items()}

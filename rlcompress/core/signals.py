@@ -1,21 +1,20 @@
 """What training shows of a network that is being compressed: the estimates of `sensitivity`, live,
-from the gradients of the current minibatches and the layers' current inputs.
+from the backward passes of the current minibatches and the layers' current inputs.
 
-A reader of a group has weights W_ocp (o outputs, c channels, p kernel positions, or features of a
-flattened map) and their gradient G of the mean loss. Summed over a minibatch,
+A layer that reads a group has, for each image, its input a_CP and the gradient g_CP of the loss
+that comes back through this layer alone. Of a few images of every minibatch,
 
-    M_ck = sum_op W_ocp G_okp = <dL/d(channel c, as this layer reads it), channel k>
+    M_ck = sum_p g_cp (a_kp - mean a_k)
 
-since both sides sum the same products. M_cc is the Taylor term of channel c (Molchanov et al.,
-2019, eq. 8); if the kept channels k predict channel c with coefficients P_kc, cutting c with
-this reader refitted moves the loss by M_cc - sum_k P_kc M_ck. So the cost of a cut needs no
-activation's gradient and no pass of its own. Losses are in nats: with B images in a minibatch,
-1/2 B M^2 estimates the Fisher form 1/2 E[m^2] of single images.
+M_cc is the Taylor term of channel c (Molchanov et al., 2019, eq. 8). If the kept channels k predict
+channel c with coefficients P_kc, cutting c with this reader refitted moves the image's loss by
+M_cc - sum_k P_kc M_ck. Losses are in nats: 1/2 E[(sum over cut channels)^2] over images.
 
-In front of a batch norm a constant has no effect and needs no centring; where a layer has a bias
-instead, the bias's gradient takes the channels' means out.
+Sums over a minibatch cannot stand for its images here: behind each layer a batch norm makes the
+sum over all channels zero, whatever they are worth.
 
-Shapes: B images, C channels of a group, K keep ratios, O outputs, P positions.
+Shapes: B images in a minibatch, N of them looked at, C channels of a group, K keep ratios,
+O outputs, P positions.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ from torch import nn
 from rlcompress.core.calls import Call, as_call
 from rlcompress.core.graph import Layer, Link, Network
 from rlcompress.core.prune import kept_channels
-from rlcompress.core.quant import choose_clip, fake_quantize, float_weight, scale_of
+from rlcompress.core.quant import choose_clip, fake_quantize, float_weight, mse_clip, scale_of
 from rlcompress.core.reconstruct import patches, sample_positions
-from rlcompress.core.sensitivity import Estimates, predictor, readers_of
+from rlcompress.core.sensitivity import Estimates, predictor, readers_of, root_activation
 
 #: Output positions of a layer that are looked at, and inputs that covariances are taken from.
 POSITIONS, INPUTS = 256, 2048
+#: Of a minibatch that backward passes are looked at for.
+IMAGES = 32
 #: Of the moving averages: the last ten minibatches, and the last fifty.
 FAST, SLOW = 0.9, 0.98
 
@@ -64,8 +65,8 @@ class Signals:
 
     keeps, bits  the choices that are estimated;  clip  the rule of `quant.choose_clip`
 
-    Hooks take a sample of a layer's input where `wanted` names it, in the next forward pass in
-    training mode. `read` takes the gradients that are there.
+    In training mode, hooks take a sample of a layer's input where `wanted` names it, in the next
+    forward pass, and while `listening` the backward pass of the readers. `read` ends a minibatch.
     """
 
     def __init__(
@@ -80,8 +81,12 @@ class Signals:
         self.network, self.keeps, self.bits = network, tuple(keeps), tuple(bits)
         self.average = Average()
         self.images = 0
+        #: Whether minibatches are looked at.
+        self.listening = False
+        self._moments: dict[str, torch.Tensor] = {}
         self.wanted: set[str] = set()
         self._clip = clip
+        self._device = next(model.parameters()).device
         self._generator = torch.Generator().manual_seed(seed)
         modules = dict(model.named_modules())
         self._modules = {name: modules[name] for name in network.layers}
@@ -89,14 +94,19 @@ class Signals:
         #: layer -> (P, G, D) what it reads at sampled positions
         self.patches: dict[str, torch.Tensor] = {}
         self._inputs: dict[str, torch.Tensor] = {}
-        self._kept: dict[str, list[np.ndarray]] = {}
-        self._predictors: dict[str, list[torch.Tensor]] = {}
+        #: group -> (K, C) 1 where a channel is cut;  (K, C, C) what predicts it (last) of the kept
+        self._gone: dict[str, torch.Tensor] = {}
+        self._predictors: dict[str, torch.Tensor] = {}
         self._tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._hooks = [
             module.register_forward_hook(self._listen(network.layers[name]))
             for name, module in self._modules.items()
         ]
         self._hooks.append(model.register_forward_pre_hook(self._count))
+        self._hooks += [
+            self._modules[name].register_forward_pre_hook(self._watch(network.layers[name]))
+            for name in sorted({n for pairs in self._readers.values() for n, _ in pairs})
+        ]
 
     def close(self) -> None:
         """Takes the hooks off."""
@@ -132,6 +142,42 @@ class Signals:
 
     # --- gradients ---------------------------------------------------------------------------
 
+    def _watch(self, layer: Layer) -> Any:
+        """Gives the layer its input under another name, whose gradient is this reader's own."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = args[0]
+            if not (self.listening and module.training and torch.is_grad_enabled()):
+                return None
+            if not x.requires_grad:  # the network's own input
+                return None
+            mine = x.view_as(x)
+            mine.register_hook(lambda gradient: self._take(layer, mine.detach(), gradient))
+            return (mine, *args[1:])
+
+        return hook
+
+    @torch.no_grad()
+    def _take(self, layer: Layer, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        if not self.images or len(x) % self.images:
+            return
+        few = min(IMAGES, self.images)
+        entries = few * (len(x) // self.images)  # attention folds windows into images
+        for link in layer.inputs:
+            if any(name == layer.name for name, _ in self._readers[link.group]):
+                channels = self.network.groups[link.group].channels
+                convolution = isinstance(self._modules[layer.name], nn.Conv2d)
+                a_NCP, g_NCP = (
+                    root_activation(
+                        t[:entries].float(), link, channels, few, convolution=convolution
+                    )
+                    for t in (x, gradient)
+                )
+                a_NCP = a_NCP - a_NCP.mean((0, 2), keepdim=True)
+                moment_NCC = (g_NCP * self.images) @ a_NCP.transpose(1, 2)
+                known = self._moments.get(link.group)
+                self._moments[link.group] = moment_NCC if known is None else known + moment_NCC
+
     @torch.no_grad()
     def read(self, loss: torch.Tensor | float) -> None:
         """Takes a minibatch: its mean loss, and the gradients of it that the weights hold.
@@ -139,67 +185,33 @@ class Signals:
         Raises ValueError where no weight has a gradient.
         """
         average, squares = self.average, []
-        gradients: dict[str, torch.Tensor] = {}
         for name, module in self._modules.items():
             gradient = _gradient(module)
             if gradient is not None:
-                gradients[name] = gradient
                 square = gradient.square()
                 squares.append(square.sum())
                 average.add(f"fisher/{name}", square * self.images)
-        if not gradients:
+        if not squares:
             raise ValueError("no weight has a gradient: call this before the gradients are zeroed")
         norm = torch.stack(squares).sum().sqrt()
         for name, value in (("loss", torch.as_tensor(loss)), ("gradient", norm)):
             value = value.detach().float().cpu()
             average.add(f"{name}/fast", value)
             average.add(f"{name}/slow", value, SLOW)
-        for group, pairs in self._readers.items():
-            moments = [
-                self._moments(self.network.layers[reader], link, gradients[reader])
-                for reader, link in pairs
-                if reader in gradients
-            ]
-            if moments:
-                self._take(group, torch.stack(moments).sum(0))
+        for group, moment_NCC in self._moments.items():
+            self._average(group, moment_NCC)
+        self._moments.clear()
 
-    def _moments(self, layer: Layer, link: Link, gradient: torch.Tensor) -> torch.Tensor:
-        """M_ck of one reader, on the CPU."""
-        module = self._modules[layer.name]
-        channels = self.network.groups[link.group].channels
-        order = torch.from_numpy(link.index[np.argsort(link.root, kind="stable")])
-
-        def by_channel(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.flatten(2 if tensor.dim() > 2 else 1)[:, order.to(tensor.device)].reshape(
-                len(tensor), channels, -1
-            )
-
-        weight = by_channel(float_weight(module))
-        moment_CC = torch.einsum("ocp,okp->ck", weight, by_channel(gradient))
-        bias = getattr(module, "bias", None)
-        if layer.batch_norm is None and bias is not None and bias.grad is not None:
-            mean = self.average.values.get(f"mean/{layer.name}")
-            if mean is not None:
-                # The kernel's positions see (nearly) the same mean; a flattened map's do not.
-                means = mean[order].reshape(channels, -1)
-                means = means if weight.shape[2] == means.shape[1] else means[:, :1]
-                pull = (weight * bias.grad.view(-1, 1, 1)).sum(0).cpu()
-                moment_CC = moment_CC.cpu() - pull @ means.expand(-1, pull.shape[1]).T
-        return moment_CC.cpu()
-
-    def _take(self, group: str, moment_CC: torch.Tensor) -> None:
-        half = self.images / 2
-        self.average.add(f"importance/{group}", half * moment_CC.diagonal().square())
+    def _average(self, group: str, moment_NCC: torch.Tensor) -> None:
+        taylor_NC = moment_NCC.diagonal(dim1=1, dim2=2)
+        self.average.add(f"importance/{group}", 0.5 * taylor_NC.square().mean(0).cpu())
         if group not in self._predictors:
             return
-        plain, refit = [], []
-        for mask, predictor_kc in zip(self._kept[group], self._predictors[group], strict=True):
-            keep = torch.from_numpy(mask)
-            direct = moment_CC.diagonal()[~keep].sum()
-            plain.append(direct)
-            refit.append(direct - (predictor_kc.T * moment_CC[~keep][:, keep]).sum())
-        self.average.add(f"plain/{group}", half * torch.stack(plain).square())
-        self.average.add(f"refit/{group}", half * torch.stack(refit).square())
+        direct_NK = taylor_NC @ self._gone[group].T
+        predicted_NK = moment_NCC.flatten(1) @ self._predictors[group].flatten(1).T
+        self.average.add(f"plain/{group}", 0.5 * direct_NK.square().mean(0).cpu())
+        left_NK = direct_NK - predicted_NK
+        self.average.add(f"refit/{group}", 0.5 * left_NK.square().mean(0).cpu())
 
     # --- estimates ---------------------------------------------------------------------------
 
@@ -226,15 +238,17 @@ class Signals:
             )
             for ratio in self.keeps
         ]
-        self._kept = {name: [mask[name] for mask in masks] for name in self._readers}
-        self._predictors = {}
+        self._gone, self._predictors = {}, {}
         for group, pairs in self._readers.items():
             covariance = self._covariance(group, pairs)
-            if covariance is not None:
-                self._predictors[group] = [predictor(covariance, m) for m in self._kept[group]]
-        for name, rows in self._inputs.items():
-            self.average.values[f"mean/{name}"] = rows.mean(0).cpu()
-            self.average.counts[f"mean/{name}"] = 1
+            if covariance is None:
+                continue
+            kept_KC = torch.from_numpy(np.stack([mask[group] for mask in masks]))
+            whole = torch.zeros(len(self.keeps), *covariance.shape)
+            for full, mask in zip(whole, kept_KC, strict=True):
+                full[(~mask).nonzero(), mask.nonzero().T] = predictor(covariance, mask.numpy()).T
+            self._gone[group] = (~kept_KC).float().to(self._device)
+            self._predictors[group] = whole.to(self._device)
         self._inputs.clear()
         self.average.drop("plain/")
         self.average.drop("refit/")
@@ -307,6 +321,12 @@ class Signals:
             },
         )
 
+    def clip_of(self, name: str, bits: int) -> torch.Tensor:
+        """(O,) of a layer; by its weights alone where nothing was sampled yet."""
+        if name not in self._tables or bits not in self.bits:
+            return mse_clip(float_weight(self._modules[name]), bits)
+        return torch.from_numpy(self._tables[name][0][self.bits.index(bits)])
+
     def update_clip(self, name: str) -> None:
         """Chooses a layer's clips anew, for its last sample and the weights it has now."""
         if name in self.patches:
@@ -317,16 +337,17 @@ class Signals:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
         return {
-            "averages": dict(self.average.values),
+            "averages": {n: t.clone() for n, t in self.average.values.items()},
             "counts": dict(self.average.counts),
             "patches": dict(self.patches),
             "inputs": dict(self._inputs),
-            "kept": {n: torch.from_numpy(np.stack(masks)) for n, masks in self._kept.items()},
-            "predictors": {n: list(p) for n, p in self._predictors.items()},
+            "gone": dict(self._gone),
+            "predictors": dict(self._predictors),
             "clips": {n: torch.from_numpy(shares) for n, (shares, _) in self._tables.items()},
             "output_kl": {n: torch.from_numpy(kl) for n, (_, kl) in self._tables.items()},
             "wanted": sorted(self.wanted),
             "images": self.images,
+            "listening": self.listening,
             "generator": self._generator.get_state(),
         }
 
@@ -334,13 +355,13 @@ class Signals:
         self.average.values = {n: t.clone() for n, t in state["averages"].items()}
         self.average.counts = dict(state["counts"])
         self.patches, self._inputs = dict(state["patches"]), dict(state["inputs"])
-        self._kept = {n: list(masks.numpy()) for n, masks in state["kept"].items()}
-        self._predictors = {n: list(p) for n, p in state["predictors"].items()}
+        self._gone, self._predictors = dict(state["gone"]), dict(state["predictors"])
         self._tables = {
             n: (shares.numpy(), state["output_kl"][n].numpy())
             for n, shares in state["clips"].items()
         }
         self.wanted, self.images = set(state["wanted"]), int(state["images"])
+        self.listening = bool(state["listening"])
         self._generator.set_state(state["generator"])
 
 

@@ -7,10 +7,10 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.observation import ACTION_COLUMNS, STATE_COLUMNS
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import digits
 from rlcompress.core.errors import UserError
+from rlcompress.core.observation import ACTION_COLUMNS, STATE_COLUMNS
 from rlcompress.core.problem import Problem, make_bundle
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.sensitivity import estimate

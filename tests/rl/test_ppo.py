@@ -96,7 +96,7 @@ def test_the_pool_keeps_the_order(bundle, problem):
 
 def test_an_untrained_policy_is_the_prior(problem):
     env = gym.make(ppo.ENVIRONMENT, problem=problem, target=(TARGET, TARGET))
-    policy = Policy(PolicyShape(10, 23, 16, env.unwrapped.observation_version))
+    policy = Policy(PolicyShape(10, 31, 16, env.unwrapped.observation_version))
     observation, _ = env.reset()
     best = (observation["actions"][:, -1] - 1e9 * (observation["mask"] == 0)).argmax()
     assert policy.best_action(observation) == best
@@ -106,7 +106,7 @@ def test_a_policy_of_another_observation_version_is_refused(tmp_path):
     from rlcompress.core.errors import UserError
     from rlcompress.core.policy import save_policy
 
-    save_policy(tmp_path, Policy(PolicyShape(10, 23, 16, 99)), {})
+    save_policy(tmp_path, Policy(PolicyShape(10, 31, 16, 99)), {})
     with pytest.raises(UserError, match="observation version 99"):
         load_policy(tmp_path, 1)
     save_json(tmp_path / "policy.json", {"shape": {}})

@@ -1,20 +1,23 @@
 """What the policy sees: a row per action and the running state, normalised per network.
 
-Nothing here names a layer's index or a channel's number, so the same policy reads any network.
+The environments and a user's own training loop read it from here: a policy means nothing without
+its observation. Nothing here names a layer's index or a channel's number, so the same policy reads
+any network.
 A change of columns is a change of `OBSERVATION_VERSION`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
 from rlcompress.core.graph import Layer
-from rlcompress.core.problem import Problem
-from rlcompress.core.schedule import Schedule
+from rlcompress.core.prior import Prior
+from rlcompress.core.schedule import FULL_PRECISION, Schedule
+from rlcompress.core.sensitivity import Estimates
 
-OBSERVATION_VERSION = 1
+OBSERVATION_VERSION = 2
 
 ACTION_COLUMNS = (
     "keep",  # keep ratio of the layer's group
@@ -52,8 +55,20 @@ STATE_COLUMNS = (
     "last_bits",  # / 8
     "log_target",  # log10 of the size ratio aimed at
     "price",  # rung of the prior's ladder, 0 (bytes dear) to 1 (bytes free)
+    "keep_now",  # what the layer's group has at this moment: 1 until something is decided
+    "bits_now",  # / 8; 2 in full precision
+    # Of a network in training; 0 where its weights stay as they are. Logarithms of ratios are 0
+    # where nothing changes.
+    "round",  # passes over the layers that are complete, share of all
+    "trained",  # minibatches since compression began, share of all until its last step
+    "loss",  # log(loss of the last minibatches / loss when compression began)
+    "loss_trend",  # log(loss of the last minibatches / of the last fifty)
+    "gradient",  # the same of the gradient's norm
+    "gradient_trend",
 )
 _KINDS = STATE_COLUMNS[:5]
+#: `Live` where nothing trains.
+_STILL = (1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 PRIOR_FLOOR = -20.0
 
 
@@ -72,6 +87,23 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Live:
+    """What training shows before a step; see the last of `STATE_COLUMNS`."""
+
+    keep_now: float = 1.0
+    bits_now: int = FULL_PRECISION
+    round: float = 0.0
+    trained: float = 0.0
+    loss: float = 0.0
+    loss_trend: float = 0.0
+    gradient: float = 0.0
+    gradient_trend: float = 0.0
+
+    def columns(self) -> tuple[float, ...]:
+        return (self.keep_now, min(self.bits_now, 16) / 8, *astuple(self)[2:])
+
+
+@dataclass(frozen=True)
 class _Aim:
     """Where N episodes want to get and what the prior would do with the rest of them."""
 
@@ -84,22 +116,26 @@ class _Aim:
 
 
 class Observer:
-    """Computes observations, legal actions and the prior for episodes of one problem in lockstep.
+    """Computes observations, legal actions and the prior for episodes of one network in lockstep.
+
+    prior        the answer on the estimates;  estimates  what the columns say of each choice
+    temperature  of the prior's logits
 
     Actions are numbered keep-major: action = keep index x number of bit-widths + bits index.
     Shapes: N episodes, A actions, F action columns, S state columns, G groups, L layers, R rungs.
     """
 
-    def __init__(self, problem: Problem, temperature: float = 1.0) -> None:
-        self.problem, self.prior = problem, problem.prior
+    def __init__(self, prior: Prior, estimates: Estimates, temperature: float = 1.0) -> None:
+        self.prior, self.network, self.costs = prior, prior.network, prior.costs
         self.temperature = temperature
-        self.layers = problem.evaluator.layers
-        keeps, bits = problem.keeps, problem.bits
+        self.layers = list(self.network.layers.values())
+        self.dense_bytes = self.costs.cost(Schedule()).bytes
+        self.keep_choices, self.bits_choices = keeps, bits = estimates.keeps, estimates.bits
         self.keep_A = np.repeat(np.arange(len(keeps)), len(bits))
         self.bits_A = np.tile(np.arange(len(bits)), len(keeps))
         self.full_keep = keeps.index(1.0)
-        self.column = {name: i for i, name in enumerate(problem.network.groups)}
-        estimates, costs = problem.evaluator.estimates, problem.evaluator.costs
+        self.column = {name: i for i, name in enumerate(self.network.groups)}
+        costs = self.costs
         names = [x.name for x in self.layers]
         self._plain_GK = np.array([estimates.prune[g] for g in self.column])
         self._refit_GK = np.array([estimates.prune_refit[g] for g in self.column])
@@ -110,8 +146,8 @@ class Observer:
         self._positions_L = np.array([x.positions for x in self.layers])
         self._macs = float((costs.weights(full_G)[0][0] * self._positions_L).sum())
         self._rows_G = np.arange(len(self.column))
-        self._smallest_G = problem.prior.counts_GK.min(1)
-        for i, group in enumerate(problem.network.groups.values()):
+        self._smallest_G = prior.counts_GK.min(1)
+        for i, group in enumerate(self.network.groups.values()):
             if group.protected:
                 self._smallest_G[i] = group.channels
         #: the first action of each layer that does the same: equal channels, equal bits
@@ -122,12 +158,12 @@ class Observer:
         if group is not None:
             counts_K = self.prior.counts_GK[group]
             keep_A = (counts_K[:, None] == counts_K).argmax(1)[self.keep_A]
-        return keep_A * len(self.problem.bits) + self.bits_A
+        return keep_A * len(self.bits_choices) + self.bits_A
 
     def start(self, count: int) -> Progress:
         """`count` episodes of which nothing is decided."""
         keep_G = np.full(len(self.column), -1)
-        for i, group in enumerate(self.problem.network.groups.values()):
+        for i, group in enumerate(self.network.groups.values()):
             if group.protected:
                 keep_G[i] = self.full_keep
         bits_NL = np.full((count, len(self.layers)), -1)
@@ -145,7 +181,7 @@ class Observer:
 
     def schedules(self, progress: Progress) -> list[Schedule]:
         """What finished episodes have chosen."""
-        network, keeps, bits = self.problem.network, self.problem.keeps, self.problem.bits
+        network, keeps, bits = self.network, self.keep_choices, self.bits_choices
         owned = [network.owned_group(layer.name) for layer in self.layers]
         groups = [(group.name, self.column[group.name]) for group in owned if group]
         names = [layer.name for layer in self.layers]
@@ -157,13 +193,16 @@ class Observer:
             for keep_G, bits_L in zip(progress.keep_NG, progress.bits_NL, strict=True)
         ]
 
-    def observe(self, progress: Progress, targets_N: np.ndarray) -> dict[str, np.ndarray]:
+    def observe(
+        self, progress: Progress, targets_N: np.ndarray, live: Live | None = None
+    ) -> dict[str, np.ndarray]:
         """The observations before step `progress.step`, aiming at the size ratios `targets_N`:
-        actions (N, A, F), state (N, S), mask (N, A), float32."""
+        actions (N, A, F), state (N, S), mask (N, A), float32. `live`: of a network in training.
+        """
         aim = self._aim(progress, targets_N)
         mask_NA = self._mask(progress, aim.max_bytes_N)
         actions_NAF = self._actions(progress.step, aim, mask_NA)
-        state_NS = self._state(progress, aim)
+        state_NS = self._state(progress, aim, _STILL if live is None else live.columns())
         return {
             "actions": np.clip(actions_NAF, -50.0, 50.0).astype(np.float32),
             "state": np.clip(state_NS, -50.0, 50.0).astype(np.float32),
@@ -172,11 +211,11 @@ class Observer:
 
     def _aim(self, progress: Progress, target_N: np.ndarray) -> _Aim:
         prior = self.prior
-        max_bytes_N = self.problem.dense.bytes / target_N
+        max_bytes_N = self.dense_bytes / target_N
         keep_NRG = _decided_or(progress.keep_NG[:, None], prior.keep_RG)
         bits_NRL = _decided_or(progress.bits_NL[:, None], prior.bits_RL)
         counts_NRG, widths_NRL = self._schedules(keep_NRG, bits_NRL)
-        sizes_NR = self.problem.evaluator.costs.bytes(counts_NRG, widths_NRL)
+        sizes_NR = self.costs.bytes(counts_NRG, widths_NRL)
         rung_N = prior.rungs(sizes_NR, max_bytes_N)
         at_N = np.arange(len(rung_N)), rung_N
         scale_N = prior.loss_R[rung_N] / len(self.layers) + 1e-9
@@ -187,7 +226,7 @@ class Observer:
         return self.prior.counts_GK[self._rows_G, keep_XG], self.prior.bits[bits_XL]
 
     def _owned(self, step: int) -> int | None:
-        group = self.problem.network.owned_group(self.layers[step].name)
+        group = self.network.owned_group(self.layers[step].name)
         return self.column[group.name] if group else None
 
     def _candidates(
@@ -208,14 +247,14 @@ class Observer:
         rest_NG = np.where(progress.keep_NG >= 0, counts_NG, self._smallest_G)
         rest_NL = np.where(progress.bits_NL >= 0, bits_NL, int(self.prior.bits.min()))
         candidates = self._candidates(progress.step, rest_NG, rest_NL)
-        sizes_NA = self.problem.evaluator.costs.bytes(*candidates).astype(np.float64)
+        sizes_NA = self.costs.bytes(*candidates).astype(np.float64)
         if self._owned(progress.step) is None:
             sizes_NA[:, self.keep_A != self.full_keep] = np.inf
         return sizes_NA <= np.maximum(max_bytes_N, sizes_NA.min(1))[:, None]
 
     def _actions(self, step: int, aim: _Aim, mask_NA: np.ndarray) -> np.ndarray:
         """(N, A, F)."""
-        prior, costs = self.prior, self.problem.evaluator.costs
+        prior, costs = self.prior, self.costs
         counts_NAG, bits_NAL = self._candidates(step, aim.counts_NG, aim.bits_NL)
         sizes_NA = costs.bytes(counts_NAG, bits_NAL)
         layer_NA = costs.layer_bytes(counts_NAG, bits_NAL)[:, :, step]
@@ -245,11 +284,11 @@ class Observer:
         )
         return np.stack(np.broadcast_arrays(*columns), -1)
 
-    def _state(self, progress: Progress, aim: _Aim) -> np.ndarray:
+    def _state(self, progress: Progress, aim: _Aim, live: tuple[float, ...]) -> np.ndarray:
         """(N, S)."""
         prior, t = self.prior, progress.step
         layer, keep_NG = self.layers[t], progress.keep_NG
-        bytes_NL = self.problem.evaluator.costs.layer_bytes(aim.counts_NG, aim.bits_NL)
+        bytes_NL = self.costs.layer_bytes(aim.counts_NG, aim.bits_NL)
         decided_G = np.flatnonzero(keep_NG[0] >= 0)
         estimate_N = prior.losses.prune_GK[decided_G, keep_NG[:, decided_G]].sum(1)
         done_T = np.arange(t)
@@ -276,6 +315,7 @@ class Observer:
             prior.bits[progress.bits_NL[:, t - 1]] / 8 if t else 1.0,
             np.log10(aim.target_N),
             aim.rung_N / (len(prior.price_R) - 1),
+            *live,
         )
         return np.stack(np.broadcast_arrays(*columns), -1)
 

@@ -1,0 +1,516 @@
+"""Compression while the network trains: masks and fake quantization that a policy tightens or
+relaxes, layer by layer, on what training shows (`signals`).
+
+A cut channel's filter stays; only what reads it is masked. The backward pass goes through the
+masks as if they were not there, so the weights behind them learn on and a channel can come back
+(Lin et al., 2020, "Dynamic Model Pruning with Feedback", eq. 3).
+
+    step 0            the user's training goes on; the last `Pace.watch` minibatches before a pass
+                      over the layers tell what its choices would cost
+    step `warmup`     the first layer's decision, then one every `recovery_steps` minibatches,
+                      `rounds` times over all layers: round r aims at target^((r + 1) / rounds)
+    afterwards        training goes on under the last choices until `finalize`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rlcompress.core.artifact import ModelRef
+from rlcompress.core.cost import CostModel
+from rlcompress.core.errors import UserError
+from rlcompress.core.fitted import CutNetwork
+from rlcompress.core.graph import Layer, Network, kept_mask
+from rlcompress.core.observation import (
+    ACTION_COLUMNS,
+    OBSERVATION_VERSION,
+    STATE_COLUMNS,
+    Live,
+    Observer,
+    Progress,
+)
+from rlcompress.core.policy import Policy, PolicyShape, load_policy
+from rlcompress.core.prior import Losses, Prior
+from rlcompress.core.prune import cut
+from rlcompress.core.quant import (
+    fake_quantize,
+    float_weight,
+    layer_outputs,
+    max_code,
+    round_codes,
+    scale_of,
+    unexplained,
+)
+from rlcompress.core.schedule import BITS, FULL_PRECISION, KEEPS, Schedule
+from rlcompress.core.signals import Signals
+from rlcompress.core.structure import build_network
+
+#: Of the prior's ladder, which is solved anew before every decision.
+RUNGS = 24
+
+
+@dataclass(frozen=True)
+class Pace:
+    """When decisions are taken, in minibatches.
+
+    warmup          before the first;  recovery_steps  from one to the next
+    rounds          passes over the layers;  watch  minibatches that a pass is prepared on
+    """
+
+    warmup: int = 100
+    recovery_steps: int = 10
+    rounds: int = 2
+    watch: int = 20
+
+    def __post_init__(self) -> None:
+        least = {"warmup": 2 * self.watch + 1, "recovery_steps": 1, "rounds": 1, "watch": 2}
+        found = [
+            f"{name} = {getattr(self, name)}: must be at least {low}"
+            for name, low in least.items()
+            if getattr(self, name) < low
+        ]
+        if found:
+            raise UserError(*found)
+
+    def steps(self, layers: int) -> int:
+        """Until the last decision's recovery is over."""
+        return self.warmup + self.rounds * layers * self.recovery_steps
+
+
+class Squeeze(nn.Module):
+    """Parametrization: the weight as it will be when the network is cut and quantized.
+
+    mask   over the inputs, broadcast to the weight;  bits  of the weights
+    clip_O share of a channel's largest kept weight that is representable
+    """
+
+    mask: torch.Tensor
+    clip_O: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.bits = FULL_PRECISION
+        ones = torch.ones(1, *weight.shape[1:2], *[1] * (weight.dim() - 2)).to(weight)
+        # Not in the model's own state: the compressor's says what they are.
+        self.register_buffer("mask", ones, persistent=False)
+        self.register_buffer("clip_O", ones.new_ones(weight.shape[0]), persistent=False)
+
+    def scale(self, weight: torch.Tensor) -> torch.Tensor:
+        """scale_O at this moment."""
+        return scale_of(weight * self.mask, self.clip_O, self.bits)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.bits == FULL_PRECISION:
+            value, through = weight, weight
+        else:
+            step = self.scale(weight).clamp_min(1e-12).view(-1, *[1] * (weight.dim() - 1))
+            top = max_code(self.bits)
+            value = round_codes(weight.detach() / step, self.bits) * step
+            through = torch.maximum(torch.minimum(weight, top * step), -top * step)
+        return (value * self.mask).detach() + (through - through.detach())
+
+
+class DynamicCompressor:
+    """Compresses `model` while your own loop trains it.
+
+        compressor = DynamicCompressor(model, example_input, target=20.0)
+        for images, labels in loader:
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+            compressor.step(loss)
+        small = compressor.finalize()
+
+    model          changed in place: its convolutions and linear layers get a parametrization.
+                   The optimizer may be made before or after: the parameters stay the same
+    example_input  (N, C, H, W)
+    policy         a `Policy`, the folder it was saved in, or None for the knapsack answer on the
+                   live estimates alone
+    target         size ratio: dense bytes / artifact bytes
+    pace           when decisions are taken
+    keeps, bits    the choices
+
+    Raises UserError where the target is out of reach, where the policy is of another kind, and for
+    a layer whose weight is used by other code than its module's call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: torch.Tensor,
+        *,
+        policy: Policy | Path | str | None = None,
+        target: float = 20.0,
+        pace: Pace | None = None,
+        keeps: tuple[float, ...] = KEEPS,
+        bits: tuple[int, ...] = BITS,
+        clip: str = "auto",
+        round_to: int = 1,
+        seed: int = 0,
+        network: Network | None = None,
+    ) -> None:
+        self.model, self.target, self.pace = model, target, pace or Pace()
+        self.keeps, self.bits = tuple(keeps), tuple(bits)
+        self.network = network or build_network(model, example_input, round_to=round_to)
+        self.layers = list(self.network.layers.values())
+        self.costs = CostModel(self.network)
+        self.policy, self.temperature = _policy_of(policy)
+        self._require_reachable()
+        modules = dict(model.named_modules())
+        self._modules = {name: modules[name] for name in self.network.layers}
+        self._require_called(example_input)
+        self._squeezes: dict[str, Squeeze] = {}
+        for name, module in self._modules.items():
+            squeeze = Squeeze(module.weight)  # type: ignore[arg-type]
+            parametrize.register_parametrization(module, "weight", squeeze)
+            self._squeezes[name] = squeeze
+        self.signals = Signals(model, self.network, self.keeps, self.bits, clip, seed)
+        self.steps = self.decisions = 0
+        #: group -> mask and layer -> bits in force
+        self.kept = {g: np.ones(x.channels, dtype=bool) for g, x in self.network.groups.items()}
+        self._keep = dict.fromkeys(self.network.groups, 1.0)
+        #: layer -> share of its outputs' variance that its last choice left unexplained
+        self.unexplained = dict.fromkeys(self.network.layers, 0.0)
+        self._begun: tuple[float, float] | None = None
+        self._observer: Observer | None = None
+        self._progress: Progress | None = None
+
+    # --- what a loop calls -------------------------------------------------------------------
+
+    def step(self, loss: torch.Tensor | float) -> None:
+        """After the optimizer's step and before the gradients are zeroed: takes what the
+        minibatch showed and, where one is due, the policy's decision.
+
+        Raises ValueError where no weight has a gradient."""
+        self.read(loss)
+        if self.due:
+            observation = self.observation()
+            if self.policy is None:
+                legal = observation["mask"] > 0
+                action = int(np.where(legal, observation["actions"][:, -1], -np.inf).argmax())
+            else:
+                action = self.policy.best_action(observation)
+            self.decide(action)
+
+    def finalize(self) -> nn.Module:
+        """The small network, on the model's device and in eval mode: cut for real, its weights on
+        their quantizer's grid. `model` is plain again, with the float weights behind it.
+        """
+        return self.cut_network().model
+
+    def cut_network(self) -> CutNetwork:
+        """What `finalize` returns, with the scale_O of its layers."""
+        self.signals.close()
+        bits = {name: squeeze.bits for name, squeeze in self._squeezes.items()}
+        clips = {name: squeeze.clip_O for name, squeeze in self._squeezes.items()}
+        for module in self._modules.values():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        small = cut(self.model, self.network, self.kept).eval()
+        modules, scales = dict(small.named_modules()), {}
+        with torch.no_grad():
+            for layer in self.layers:
+                if bits[layer.name] == FULL_PRECISION:
+                    continue
+                weight = modules[layer.name].weight
+                out = kept_mask(layer.outputs, layer.out_channels, self.kept)
+                clip_O = clips[layer.name][torch.from_numpy(np.flatnonzero(out)).to(weight.device)]
+                scale = scale_of(weight, clip_O, bits[layer.name])  # type: ignore[arg-type]
+                weight.copy_(fake_quantize(weight, scale, bits[layer.name]))  # type: ignore[operator, union-attr, arg-type]
+                scales[layer.name] = scale
+        return CutNetwork(small, scales)
+
+    def save(self, path: Path | str, ref: ModelRef) -> CutNetwork:
+        """Finalizes and writes the packed artifact; `ref` says how the dense network is built.
+        The network that is returned is rounded to what the file can hold."""
+        from rlcompress.core.ticket import write_network
+
+        small = self.cut_network()
+        write_network(path, small, self.network, ref, self.schedule)
+        return small
+
+    @property
+    def schedule(self) -> Schedule:
+        """The choices in force."""
+        keep = {g: k for g, k in self._keep.items() if not self.network.groups[g].protected}
+        return Schedule(keep, {name: s.bits for name, s in self._squeezes.items()})
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes / bytes of the artifact that `save` would write now."""
+        return self.costs.cost(Schedule()).bytes / self.costs.cost(self.schedule).bytes
+
+    def most_ratio(self) -> float:
+        """The largest size ratio that the choices allow."""
+        smallest = self.network.uniform(min(self.keeps), min(self.bits))
+        return self.costs.cost(Schedule()).bytes / self.costs.cost(smallest).bytes
+
+    # --- decisions ---------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether all decisions are taken."""
+        return self.decisions == self.pace.rounds * len(self.layers)
+
+    @property
+    def due(self) -> bool:
+        """Whether the next layer's decision may be taken now."""
+        return not self.finished and self.steps >= self._time_of(self.decisions)
+
+    @property
+    def round(self) -> int:
+        return self.decisions // len(self.layers)
+
+    def _time_of(self, decision: int) -> int:
+        return self.pace.warmup + decision * self.pace.recovery_steps
+
+    @property
+    def aim(self) -> float:
+        """The size ratio that this round works towards."""
+        last = self.pace.rounds - 1
+        return float(self.target ** ((min(self.round, last) + 1) / self.pace.rounds))
+
+    def read(self, loss: torch.Tensor | float) -> None:
+        """Takes a minibatch without deciding anything."""
+        self.steps += 1
+        if self.finished:
+            self.signals.listening = False
+            return
+        layers = len(self.layers)
+        next_round = -(-self.decisions // layers) * layers
+        begin = self._time_of(next_round) - self.pace.watch
+        early = self.pace.warmup - 2 * self.pace.watch
+        self.signals.listening = self.steps >= early
+        if self.steps <= early:
+            return
+        if self.steps == begin and next_round < self.pace.rounds * layers:
+            self.signals.wanted.update(self.network.layers)
+        self.signals.read(loss)
+        if self.steps == begin + 1 and next_round < self.pace.rounds * layers:
+            self.signals.settle()
+        if self.steps + 1 >= self._time_of(self.decisions):
+            self.signals.wanted.add(self.layers[self.decisions % layers].name)
+
+    def observation(self) -> dict[str, np.ndarray]:
+        """What the policy sees of the layer whose decision is due: actions (A, F), state (S,),
+        mask (A,), float32."""
+        t = self.decisions % len(self.layers)
+        layer = self.layers[t]
+        self.signals.update_clip(layer.name)
+        estimates = self.signals.estimates()
+        losses = Losses.of(self.network, estimates, refitted=True)
+        prior = Prior(self.network, self.costs, losses, RUNGS)
+        self._observer = Observer(prior, estimates, self.temperature)
+        if t == 0:
+            self._progress = self._observer.start(1)
+        assert self._progress is not None
+        observation = self._observer.observe(
+            self._progress, np.array([self.aim]), self._live(layer)
+        )
+        return {name: array[0] for name, array in observation.items()}
+
+    def _live(self, layer: Layer) -> Live:
+        values = self.signals.average.values
+        loss, gradient = (float(values[f"{n}/fast"]) + 1e-12 for n in ("loss", "gradient"))
+        slow_loss, slow_gradient = (
+            float(values[f"{n}/slow"]) + 1e-12 for n in ("loss", "gradient")
+        )
+        if self._begun is None:
+            self._begun = loss, gradient
+        squeeze = self._squeezes[layer.name]
+        total = self.pace.steps(len(self.layers)) - self.pace.warmup
+        return Live(
+            keep_now=self._keep.get(layer.group or "", 1.0),
+            bits_now=squeeze.bits,
+            round=self.round / self.pace.rounds,
+            trained=min(1.0, (self.steps - self.pace.warmup) / total),
+            loss=float(np.log(loss / self._begun[0])),
+            loss_trend=float(np.log(loss / slow_loss)),
+            gradient=float(np.log(gradient / self._begun[1])),
+            gradient_trend=float(np.log(gradient / slow_gradient)),
+        )
+
+    def decide(self, action: int) -> None:
+        """Takes the decision that is due; actions are numbered as in `Observer`. Raises
+        ValueError if none is due or the action is illegal."""
+        if not self.due:
+            raise ValueError(f"no decision is due after {self.steps} steps")
+        if self._observer is None:
+            self.observation()
+        assert self._observer is not None
+        assert self._progress is not None
+        observer, t = self._observer, self.decisions % len(self.layers)
+        keep = observer.keep_choices[observer.keep_A[action]]
+        bits = observer.bits_choices[observer.bits_A[action]]
+        layer = self.layers[t]
+        group = self.network.owned_group(layer.name)
+        if group is None and keep != 1.0:
+            raise ValueError(f"action {action}: {layer.name} owns no group, its keep must be 1")
+        if group is not None:
+            self._cut(group.name, keep)
+        self._quantize(layer, bits)
+        names = [x.name for x in self.layers[: t + 1]]
+        done_NT = np.array([[self.unexplained[name] for name in names]])
+        self._progress = observer.decide(self._progress, np.array([action]), done_NT)
+        self._observer = None
+        self.decisions += 1
+
+    def apply(self, schedule: Schedule, kept: Mapping[str, np.ndarray] | None = None) -> None:
+        """A schedule for all layers at once; the policy, if decisions are left, goes on from
+        there. `kept`: group -> mask, else the most important channels of this moment.
+
+        Raises UserError on names that the network does not have."""
+        self.network.validate(schedule)
+        for name, group in self.network.groups.items():
+            if kept is not None:
+                self.kept[name] = kept[name].copy()
+                self._keep[name] = schedule.ratio(name)
+            elif not group.protected:
+                self._cut(name, schedule.ratio(name), mask=False)
+        self._mask()
+        for layer in self.layers:
+            self._quantize(layer, schedule.width(layer.name))
+
+    def _cut(self, group: str, keep: float, *, mask: bool = True) -> None:
+        importance = self.signals.importance()[group]
+        alive = np.zeros(len(importance), dtype=bool)
+        order = np.argsort(-importance, kind="stable")
+        alive[order[: self.network.groups[group].count(keep)]] = True
+        self.kept[group], self._keep[group] = alive, keep
+        if mask:
+            self._mask(group)
+
+    def _mask(self, group: str | None = None) -> None:
+        """Sets the masks of what reads a group, or all."""
+        for layer in self.layers:
+            if layer.conv_groups == 1 and any(
+                group is None or link.group == group for link in layer.inputs
+            ):
+                squeeze = self._squeezes[layer.name]
+                alive = kept_mask(layer.inputs, layer.in_channels, self.kept)
+                squeeze.mask.copy_(torch.from_numpy(alive).view_as(squeeze.mask))
+
+    @torch.no_grad()
+    def _quantize(self, layer: Layer, bits: int) -> None:
+        squeeze, module = self._squeezes[layer.name], self._modules[layer.name]
+        squeeze.bits = bits
+        if bits != FULL_PRECISION:
+            clip_O = self.signals.clip_of(layer.name, bits)
+            squeeze.clip_O.copy_(clip_O.to(squeeze.clip_O))
+        patch = self.signals.patches.get(layer.name)
+        if patch is not None:
+            alive = torch.from_numpy(kept_mask(layer.outputs, layer.out_channels, self.kept)).to(
+                patch.device
+            )
+            full = layer_outputs(patch, float_weight(module))[:, alive]
+            now = layer_outputs(patch, module.weight)[:, alive]  # type: ignore[arg-type]
+            self.unexplained[layer.name] = float(unexplained(full, now).mean())
+
+    # --- checks ------------------------------------------------------------------------------
+
+    def _require_reachable(self) -> None:
+        found, most = [], self.most_ratio()
+        if not 1.0 <= self.target <= most:
+            found.append(
+                f"target = {self.target:g}: from 1 to {most:.1f} with the smallest keep "
+                f"{min(self.keeps)} and bits {min(self.bits)}"
+            )
+        if 1.0 not in self.keeps:
+            found.append(f"keeps = {self.keeps}: 1.0 must be among them")
+        if found:
+            raise UserError(*found)
+
+    def _require_called(self, example: torch.Tensor) -> None:
+        called: set[str] = set()
+        hooks = [
+            module.register_forward_hook(lambda *_, name=name: called.add(name))
+            for name, module in self._modules.items()
+        ]
+        training = self.model.training
+        with torch.no_grad():
+            self.model.eval()(example.to(next(self.model.parameters()).device))
+        self.model.train(training)
+        for hook in hooks:
+            hook.remove()
+        missing = [name for name in self._modules if name not in called]
+        if missing:
+            raise UserError(
+                *(f"{name}: its weight is read by other code than its module" for name in missing)
+            )
+
+    # --- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only: goes into your checkpoint beside the model's and the
+        optimizer's, which are to be loaded after the compressor is made."""
+        progress = self._progress
+        return {
+            "steps": self.steps,
+            "decisions": self.decisions,
+            "target": self.target,
+            "pace": asdict(self.pace),
+            "keep": dict(self._keep),
+            "bits": {name: squeeze.bits for name, squeeze in self._squeezes.items()},
+            "kept": {name: torch.from_numpy(mask.copy()) for name, mask in self.kept.items()},
+            "clip": {name: squeeze.clip_O.clone() for name, squeeze in self._squeezes.items()},
+            "unexplained": dict(self.unexplained),
+            "begun": None if self._begun is None else list(self._begun),
+            "progress": None
+            if progress is None
+            else {
+                "keep": torch.from_numpy(progress.keep_NG.copy()),
+                "bits": torch.from_numpy(progress.bits_NL.copy()),
+                "unexplained": torch.from_numpy(progress.unexplained_NT.copy()),
+            },
+            "signals": self.signals.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError where the state is of another network, target or pace."""
+        mine = {"target": self.target, "pace": asdict(self.pace)}
+        found = [
+            f"the saved compressor's {name} is {state[name]}, this one's is {value}"
+            for name, value in mine.items()
+            if state[name] != value
+        ]
+        if list(state["bits"]) != list(self._squeezes):
+            found.append("the saved compressor is of a network with other layers")
+        if found:
+            raise UserError(*found)
+        self.steps, self.decisions = int(state["steps"]), int(state["decisions"])
+        self._keep = dict(state["keep"])
+        self.kept = {name: mask.numpy().copy() for name, mask in state["kept"].items()}
+        self.unexplained = dict(state["unexplained"])
+        self._begun = None if state["begun"] is None else tuple(state["begun"])
+        self._mask()
+        for name, squeeze in self._squeezes.items():
+            squeeze.bits = state["bits"][name]
+            squeeze.clip_O.copy_(state["clip"][name])
+        saved = state["progress"]
+        self._observer = None
+        self._progress = saved and Progress(
+            *(saved[name].numpy().copy() for name in ("keep", "bits", "unexplained"))
+        )
+        self.signals.load_state_dict(state["signals"])
+
+
+def _policy_of(policy: Policy | Path | str | None) -> tuple[Policy | None, float]:
+    """The policy, and the prior's temperature that it was trained at."""
+    if policy is None:
+        return None, 1.0
+    about: Mapping[str, Any] = {}
+    if not isinstance(policy, Policy):
+        policy, about = load_policy(Path(policy), OBSERVATION_VERSION)
+    wanted = PolicyShape(
+        len(ACTION_COLUMNS), len(STATE_COLUMNS), policy.shape.hidden, OBSERVATION_VERSION
+    )
+    if policy.shape != wanted:
+        raise UserError(f"policy: it is of shape {policy.shape}, {wanted} is needed")
+    return policy.eval(), float(about.get("temperature", 1.0))

@@ -1,0 +1,79 @@
+"""What the backward passes of training say is what the definitions say."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+from torch.nn import functional as F
+
+from rlcompress.core.signals import Average, Signals
+from rlcompress.core.structure import build_network
+
+
+def test_an_average_is_the_mean_until_it_is_full():
+    average = Average()
+    for value in (1.0, 2.0, 6.0):
+        average.add("x", torch.tensor(value), decay=0.9)
+    assert float(average.values["x"]) == pytest.approx(3.0)
+    for _ in range(200):
+        average.add("x", torch.tensor(5.0), decay=0.9)
+    assert float(average.values["x"]) == pytest.approx(5.0, rel=1e-3)
+
+
+def test_importance_is_the_taylor_term_of_single_images():
+    """Against the derivative by a factor on each channel of each image, by autograd."""
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(1, 5, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1)
+    model = nn.Sequential(first, nn.Tanh(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = build_network(model, torch.zeros(1, 1, 8, 8))
+    signals = Signals(model, network, (1.0, 0.4), (4,))
+    x, labels = torch.randn(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    signals.listening = True
+    loss = F.cross_entropy(model.train()(x), labels)
+    loss.backward()
+    signals.read(loss)
+
+    hidden = torch.tanh(first(x)).detach()
+    factor = torch.zeros(6, 5, 1, 1, requires_grad=True)
+    moved = hidden + factor * (hidden - hidden.mean((0, 2, 3), keepdim=True))
+    losses = F.cross_entropy(model[2:](moved), labels, reduction="sum")
+    (derivative,) = torch.autograd.grad(losses, factor)
+    wanted = 0.5 * derivative.flatten(1).square().mean(0)
+    (group,) = (g for g in network.groups.values() if not g.protected)
+    assert torch.allclose(torch.from_numpy(signals.importance()[group.name]).float(), wanted)
+
+
+def test_live_estimates_rank_as_those_of_a_trained_network_do(trained, data, estimates):
+    """Training at a rate of zero: what `estimate` finds with softened predictions and more
+    backward passes, the signals find in some ordinary minibatches."""
+    model = copy.deepcopy(trained.model).train()
+    signals = Signals(model, trained.network, estimates.keeps, estimates.bits)
+    signals.listening = True
+    for step in range(24):
+        if step == 8:
+            signals.wanted.update(trained.network.layers)
+        index = torch.arange(32 * step, 32 * (step + 1)) % len(data.train)
+        model.zero_grad()
+        loss = F.cross_entropy(model(data.train.images(index)), data.train.labels_N[index])
+        loss.backward()
+        signals.read(loss)
+        if step == 8:
+            signals.settle()
+    live = signals.estimates()
+
+    def pooled(table) -> np.ndarray:
+        return np.concatenate([table[name] for name in sorted(table)])
+
+    for kind, least in (("quantize", 0.9), ("prune_refit", 0.6)):
+        a, b = pooled(getattr(estimates, kind)), pooled(getattr(live, kind))
+        both = (a > 0) & (b > 0)
+        assert spearmanr(a[both], b[both])[0] > least, kind
+    for name, cost_K in live.prune.items():
+        assert (live.prune_refit[name] <= cost_K).all()
+    signals.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
