@@ -49,7 +49,7 @@ def search(run: Workspace, runners: int, seed: int, episodes: int) -> dict[str, 
     from ray.rllib.algorithms.ppo import PPO
     from ray.rllib.core.learner.learner_group import LearnerGroup
 
-    from rlcompress.rl import ppo
+    from rlcompress.rl import config, ppo
     from rlcompress.rl.environment import RECORDS
     from rlcompress.searchers import Settings
 
@@ -84,7 +84,7 @@ def search(run: Workspace, runners: int, seed: int, episodes: int) -> dict[str, 
     begun = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(ppo, "CompressionCallbacks", clock.TimedRecords),
+        mock.patch.object(config, "CompressionCallbacks", clock.TimedRecords),
         mock.patch.object(PPO, "train", timed_train),
         mock.patch.object(LearnerGroup, "update", clock.timed("learner", LearnerGroup.update)),
     ):

@@ -9,11 +9,13 @@ from torch import nn
 
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import digits
+from rlcompress.core.dynamic import Pace
 from rlcompress.core.problem import Bundle, Problem, make_bundle
 from rlcompress.core.schedule import Measurement, Schedule
 from rlcompress.core.sensitivity import estimate
 from rlcompress.core.structure import build_network
 from rlcompress.core.train import Recipe, train
+from rlcompress.core.training import Images, Training
 
 KEEPS = (1.0, 0.6, 0.3)
 BITS = (2, 4, 8)
@@ -41,6 +43,26 @@ def toy_bundle(recovery: str = "reconstruct", *, epochs: int = 8, seed: int = 0)
     network = build_network(model, ref.example())
     estimates = estimate(model, network, fit.images(), keeps=KEEPS, bits=BITS, seed=seed)
     return make_bundle(model, ref, network, fit, score, estimates, recovery=recovery, positions=512)
+
+
+def toy_training(pace: Pace, *, final_steps: int = 5, seed: int = 0) -> Training:
+    """Episodes that begin at the toy after two epochs on real digits."""
+    data = digits(size=16)
+    ref = ModelRef("tests.toy:toy_network", {}, 10, (1, 16, 16))
+    model = ref.build(seed)
+    train(model, data.train, Recipe(2, batch_size=32, lr=0.1), seed=seed)
+    return Training(
+        ref,
+        build_network(model, ref.example()),
+        {n: t.numpy() for n, t in model.state_dict().items()},
+        Images.of(data.train),
+        Images.of(data.validation),
+        pace,
+        final_steps=final_steps,
+        batch_size=16,
+        keeps=KEEPS,
+        bits=BITS,
+    )
 
 
 def enumerate_schedules(problem: Problem) -> list[tuple[Schedule, Measurement]]:

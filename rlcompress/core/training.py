@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,11 @@ class Training:
     device: str = "auto"
     later: Images | None = None
     drift_at: float = 0.5
+    dense_logits: np.ndarray | None = None  # of the uncompressed training; see `prepared`
+
+    def prepared(self) -> Training:
+        """With the uncompressed training played once, for all who get this."""
+        return replace(self, dense_logits=Trainer(self).dense_logits().numpy())
 
     @property
     def steps(self) -> int:
@@ -119,7 +124,8 @@ class Trainer:
         self._generator = torch.Generator().manual_seed(training.seed)
         self.step = 0
         self._branch: dict[str, Any] | None = None
-        self._dense_logits: torch.Tensor | None = None
+        known = training.dense_logits
+        self._dense_logits = None if known is None else torch.tensor(known)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         matrices = [p for p in self.model.parameters() if p.dim() > 1]

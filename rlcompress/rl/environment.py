@@ -51,9 +51,12 @@ class CompressionCallbacks(RLlibCallback):
     ) -> None:
         # Not in `make`: RLlib does not tell a vector environment's maker the runner's number.
         runner = max(1, env_runner.worker_index)
-        env.own_streams(
-            [[*env_context["seed"], runner, next(_instances)] for _ in range(env.num_envs)]
-        )
+        seeds = [[*env_context["seed"], runner, next(_instances)] for _ in range(env.num_envs)]
+        if isinstance(env, gym.vector.SyncVectorEnv):
+            for one, seed in zip(env.envs, seeds, strict=True):
+                one.get_wrapper_attr("own_stream")(seed)
+        else:
+            env.own_streams(seeds)
 
     def on_episode_end(
         self, *, episode: Any, env_runner: Any, metrics_logger: Any, **kwargs: Any

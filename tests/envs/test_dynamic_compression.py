@@ -10,38 +10,19 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from rlcompress.core.artifact import ModelRef
-from rlcompress.core.data import digits
 from rlcompress.core.dynamic import Pace
 from rlcompress.core.errors import UserError
 from rlcompress.core.observation import STATE_COLUMNS
 from rlcompress.core.schedule import Measurement, Schedule
-from rlcompress.core.structure import build_network
-from rlcompress.core.train import Recipe, train
 from rlcompress.core.training import Images, Trainer, Training
-from tests.toy import BITS, KEEPS
+from tests.toy import toy_training
 
 ID = "envs:rlcompress/DynamicCompression-v0"
 
 
 @pytest.fixture(scope="module")
 def training() -> Training:
-    data = digits(16)
-    ref = ModelRef("tests.toy:toy_network", {}, 10, (1, 16, 16))
-    model = ref.build(0)
-    train(model, data.train, Recipe(2, batch_size=32, lr=0.1), seed=0)
-    return Training(
-        ref,
-        build_network(model, ref.example()),
-        {n: t.numpy() for n, t in model.state_dict().items()},
-        Images.of(data.train),
-        Images.of(data.validation),
-        Pace(warmup=9, recovery_steps=2, rounds=2, watch=4),
-        final_steps=5,
-        batch_size=16,
-        keeps=KEEPS,
-        bits=BITS,
-    )
+    return toy_training(Pace(warmup=9, recovery_steps=2, rounds=2, watch=4))
 
 
 @pytest.fixture

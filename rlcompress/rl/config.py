@@ -1,0 +1,150 @@
+"""RLlib's configuration, shared by the search and by training in the dynamic environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import gymnasium as gym
+import torch
+from ray.rllib.algorithms.ppo import PPO, PPOConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+from rlcompress.core.errors import UserError
+from rlcompress.core.policy import Policy, PolicyShape
+from rlcompress.rl.environment import RECORDS, CompressionCallbacks
+from rlcompress.rl.module import PolicyModule
+from rlcompress.schema import PPOSpec
+
+#: Iterations without a finished episode before it gives up.
+MOST_IDLE = 5
+
+
+def episodes_of(ppo: PPOSpec, most: int) -> int:
+    """Episodes of an iteration: the same number in each environment, and if that leaves one
+    each, not above `most`."""
+    lanes = max(1, ppo.num_env_runners) * ppo.num_envs_per_env_runner
+    return lanes * max(1, min(-(-ppo.episodes_per_iteration // lanes), most // lanes))
+
+
+def config(
+    ppo: PPOSpec,
+    shape: PolicyShape,
+    weights: Mapping[str, Any] | None,
+    *,
+    environment: str,
+    env_config: Mapping[str, Any],
+    spaces: gym.Env[Any, Any],
+    steps: int,
+    episodes: int,
+    seed: int,
+) -> PPOConfig:
+    """PPO on a registered environment whose maker returns N episodes in lockstep.
+
+    weights   a policy's state dict as arrays, to start from;  spaces  an environment like it
+    steps     of an episode;  episodes  of an iteration (see `episodes_of`)
+    """
+    runners = max(1, ppo.num_env_runners)
+    lanes = runners * ppo.num_envs_per_env_runner
+    fragment = episodes // lanes * steps
+    return (
+        PPOConfig()
+        .environment(
+            env=environment,
+            env_config={
+                "threads": 1 if ppo.num_env_runners else torch.get_num_threads(),
+                **env_config,
+            },
+            observation_space=spaces.observation_space,
+            action_space=spaces.action_space,
+        )
+        .env_runners(
+            num_env_runners=ppo.num_env_runners,
+            num_envs_per_env_runner=ppo.num_envs_per_env_runner,
+            num_gpus_per_env_runner=ppo.num_gpus_per_env_runner,
+            gym_env_vectorize_mode="vector_entry_point",
+            rollout_fragment_length=fragment,
+            sample_timeout_s=None,
+        )
+        .learners(num_learners=0)
+        .training(
+            train_batch_size_per_learner=fragment * lanes,
+            minibatch_size=min(ppo.minibatch_size, fragment * lanes),
+            num_epochs=ppo.epochs,
+            lr=ppo.lr,
+            gamma=ppo.gamma,
+            lambda_=ppo.gae_lambda,
+            clip_param=ppo.clip,
+            vf_clip_param=float("inf"),
+            vf_loss_coeff=ppo.vf_coeff,
+            entropy_coeff=ppo.entropy,
+            use_kl_loss=False,
+            grad_clip=0.5,
+        )
+        .rl_module(
+            rl_module_spec=RLModuleSpec(
+                module_class=PolicyModule,
+                model_config={"shape": asdict(shape), "weights": weights},
+            )
+        )
+        .callbacks(CompressionCallbacks)
+        .fault_tolerance(restart_failed_env_runners=True)
+        .debugging(seed=seed, log_level="ERROR")
+    )
+
+
+def arrays(policy: Policy) -> dict[str, Any]:
+    """A policy's weights for `config`."""
+    return {name: tensor.numpy() for name, tensor in policy.state_dict().items()}
+
+
+def trained(algorithm: PPO, shape: PolicyShape) -> Policy:
+    """The policy as the learner has it."""
+    policy = Policy(shape)
+    state = algorithm.learner_group.get_state(components="learner/rl_module")
+    weights = state["learner"]["rl_module"]["default_policy"]
+    policy.load_state_dict(
+        {n.removeprefix("policy."): torch.as_tensor(w) for n, w in weights.items()}
+    )
+    return policy
+
+
+def records_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the episodes of an iteration sent. Runner by runner: the archive's order does not
+    depend on who was faster."""
+    rows = result.get("env_runners", {}).get(RECORDS, [])
+    if isinstance(rows, dict):
+        rows = [rows]  # RLlib unpacks a list of one
+    return sorted(rows, key=lambda info: info["runner"])
+
+
+def curve_row(
+    result: Mapping[str, Any], rows: list[dict[str, Any]], searcher: str, count: int
+) -> dict[str, Any]:
+    """A row of the learning curve after `count` episodes."""
+    learner = result.get("learners", {}).get("default_policy", {})
+    row: dict[str, Any] = {
+        "searcher": searcher,
+        "evaluation": count,
+        "mean_return": sum(r["return"] for r in rows) / len(rows),
+    }
+    for name, key in (("entropy", "entropy"), ("loss", "total_loss"), ("vf_loss", "vf_loss")):
+        if key in learner:
+            row[name] = float(learner[key])
+    return row
+
+
+class Idle:
+    """Raises UserError after `MOST_IDLE` iterations in a row without an episode."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def see(self, rows: list[dict[str, Any]]) -> None:
+        self._count = 0 if rows else self._count + 1
+        if self._count == MOST_IDLE:
+            raise UserError(
+                f"ppo: the env runners ended no episode in {MOST_IDLE} iterations; their "
+                "messages are in /tmp/ray/session_latest/logs"
+            )

@@ -1,0 +1,102 @@
+"""PPO in the dynamic environment: the same policy, going on where the compression of trained
+networks left it, learns what training shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import ray
+import torch
+from ray.tune.registry import register_env
+
+from rlcompress.core.observation import OBSERVATION_VERSION
+from rlcompress.core.policy import Policy, load_policy, save_policy
+from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.core.training import Training
+from rlcompress.rl.cluster import start_ray
+from rlcompress.rl.config import Idle, arrays, config, curve_row, episodes_of, records_of, trained
+from rlcompress.rl.play import environment_options, policy_shape
+from rlcompress.schema import PPOSpec
+
+DYNAMIC_ENVIRONMENT = "envs:rlcompress/DynamicCompression-v0"
+REGISTERED = "rlcompress-dynamic-environment"
+
+
+def make(context: Mapping[str, Any]) -> gym.vector.VectorEnv[Any, Any, Any]:
+    """A runner's episodes, one after the other, each environment with a network of its own.
+    `context` is RLlib's `env_config`: `training`, an object reference; `threads`; `options`, the
+    other arguments of the environment; `num_envs`."""
+    torch.set_num_threads(context["threads"])
+    training = ray.get(context["training"])
+
+    def one() -> gym.Env[Any, Any]:
+        env: gym.Env[Any, Any] = gym.make(
+            DYNAMIC_ENVIRONMENT, training=training, **context["options"]
+        )
+        return env
+
+    return gym.vector.SyncVectorEnv([one] * context["num_envs"])
+
+
+def train(
+    training: Training,
+    ppo: PPOSpec,
+    *,
+    target: tuple[float, float],
+    episodes: int,
+    seed: int,
+    folder: Path,
+    begin: Path | None = None,
+    on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Iterator[Record]:
+    """Trains a policy for some episodes and yields the training runs that it played. The policy
+    is saved in `folder` after every iteration.
+
+    begin  folder of the policy to start from, of `Compression-v0` or of here; else the prior
+    """
+    start_ray(ppo)
+    register_env(REGISTERED, make)
+    options = {"target": target, **environment_options(ppo)}
+    env = gym.make(DYNAMIC_ENVIRONMENT, training=training, **options)
+    shape = policy_shape(env, ppo.hidden)
+    policy = Policy(shape)
+    if begin is not None:
+        policy, _ = load_policy(begin, OBSERVATION_VERSION)
+        shape = policy.shape
+    batch = episodes_of(ppo, episodes)
+    algorithm = config(
+        ppo,
+        shape,
+        arrays(policy),
+        environment=REGISTERED,
+        env_config={"training": ray.put(training), "seed": [seed, 0], "options": options},
+        spaces=env,
+        steps=training.pace.rounds * len(training.network.layers),
+        episodes=batch,
+        seed=seed,
+    ).build_algo()
+    count, idle = 0, Idle()
+    try:
+        while count + batch <= episodes:
+            result = algorithm.train()
+            rows = records_of(result)
+            for info in rows:
+                count += 1
+                yield Record(
+                    Schedule.from_json(info["schedule"]),
+                    Measurement.from_dict(info["measurement"]),
+                    "ppo",
+                    seed,
+                    count,
+                    float(info["target"]),
+                )
+            idle.see(rows)
+            about = {"episodes": count, "seed": seed, **environment_options(ppo)}
+            save_policy(folder, trained(algorithm, shape), about)
+            if rows:
+                on_iteration(curve_row(result, rows, "ppo", count))
+    finally:
+        algorithm.stop()
