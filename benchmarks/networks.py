@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlcompress import spec
 from rlcompress.core.data import Split
@@ -56,15 +57,17 @@ def bundle(
     positions: int = 2048,
     recovery: str = "reconstruct",
     precision: str = "auto",
+    model: nn.Module | None = None,
     **options: Any,
 ) -> Bundle:
-    """A search problem on the run's dense network whose images are drawn by `seed`, not by the
-    run's: fitted ones from the train split, scored ones from the validation split (the rest of it
-    is `held_back`). `options` are `make_bundle`'s others."""
+    """A search problem on the run's dense network (or on `model`) whose images are drawn by `seed`,
+    not by the run's: fitted ones from the train split, scored ones from the validation split (the
+    rest of it is `held_back`). `options` are `make_bundle`'s others."""
     e = run.experiment
     fit = run.data.train.sample(fit_images, seed)
     score, _, _ = run.data.validation_parts(score_images, 0, seed)
-    dense = run.network("trained").to(memory_format=torch.channels_last)
+    dense = run.network("trained") if model is None else model
+    dense = dense.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = fit.images(slice(0, e.calibration.estimate_images))
     estimates = estimate(
         dense,

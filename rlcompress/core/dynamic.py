@@ -191,13 +191,7 @@ class DynamicCompressor:
         Raises ValueError where no weight has a gradient."""
         self.read(loss)
         if self.due:
-            observation = self.observation()
-            if self.policy is None:
-                legal = observation["mask"] > 0
-                action = int(np.where(legal, observation["actions"][:, -1], -np.inf).argmax())
-            else:
-                action = self.policy.best_action(observation)
-            self.decide(action)
+            self.decide(self.choose())
 
     def finalize(self) -> nn.Module:
         """The small network, on the model's device and in eval mode: cut for real, its weights on
@@ -316,6 +310,14 @@ class DynamicCompressor:
         )
         return {name: array[0] for name, array in observation.items()}
 
+    def choose(self) -> int:
+        """The policy's action for the decision that is due."""
+        observation = self.observation()
+        if self.policy is not None:
+            return self.policy.best_action(observation)
+        legal, prior = observation["mask"] > 0, observation["actions"][:, -1]
+        return int(np.where(legal, prior, -np.inf).argmax())
+
     def _live(self, layer: Layer) -> Live:
         values = self.signals.average.values
         loss, gradient = (float(values[f"{n}/fast"]) + 1e-12 for n in ("loss", "gradient"))
@@ -377,6 +379,10 @@ class DynamicCompressor:
         self._mask()
         for layer in self.layers:
             self._quantize(layer, schedule.width(layer.name))
+
+    def freeze(self) -> None:
+        """Leaves the choices as they are: no decision is due any more."""
+        self.decisions = self.pace.rounds * len(self.layers)
 
     def _cut(self, group: str, keep: float, *, mask: bool = True) -> None:
         importance = self.signals.importance()[group]

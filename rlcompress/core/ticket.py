@@ -124,6 +124,10 @@ class Task:
         """The network of a checkpoint: float weights and learned scales."""
         model = self.prepared()
         model.load_state_dict(last.weights())
+        return self.result_of(model)
+
+    def result_of(self, model: nn.Module) -> CutNetwork:
+        """The network that a `prepared` one has become by training."""
         scales = {**self.start.scales, **learned_scales(model)}
         plain = copy.deepcopy(self.start.model)
         trained = dict(model.named_modules())
