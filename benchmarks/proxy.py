@@ -111,7 +111,7 @@ class Judge:
         """One a training."""
         settings, data = self._settings, self._run.data
         test = data.test.sample(settings.test_images, settings.seed)
-        recipe = Recipe(1, BATCH, settings.lr, distill=True)
+        recipe = Recipe(1, BATCH, settings.lr, distill=0.5)
         return [
             Lesson.of(
                 data.train.sample(settings.steps * BATCH, settings.seed + 100 * training),

@@ -24,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from rlcompress.core.schedule import BITS, KEEPS, RECOVERIES, parse_recovery
+from rlcompress.core.schedule import ARMS, BITS, EVERY_ARM, KEEPS, RECOVERIES, parse_recovery
 
 MODELS = ("vgg19", "mobilenetv2", "resnet18")
 DATASETS = ("digits", "fashion_mnist", "cifar10")
@@ -94,6 +94,12 @@ def _recovery(value: str) -> str:
             + did_you_mean(value, (*names, "steps:20"))
         ) from None
     return value
+
+
+def _arm(value: str) -> str:
+    if value in EVERY_ARM:
+        return value
+    raise ValueError(f"must be of {', '.join(EVERY_ARM)}" + did_you_mean(value, EVERY_ARM))
 
 
 def _image_shape(text: str) -> tuple[int, ...]:
@@ -275,6 +281,11 @@ class TicketSpec(_Section):
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on the weights")
     distill: bool = Field(True, description="learn from the dense network's logits")
     fit_images: int = Field(1024, ge=1, description="images of the final reconstruction")
+    arms: Annotated[
+        tuple[Annotated[str, AfterValidator(_arm)], ...],
+        Field(strict=False, min_length=1),
+        AfterValidator(_distinct),
+    ] = Field(ARMS, description="where training begins: " + ", ".join(EVERY_ARM))
 
 
 class ExportSpec(_Section):

@@ -23,6 +23,12 @@ BITS = (2, 3, 4, 5, 6, 8)
 SCORES = ("kl", "accuracy", "unexplained")
 #: What a candidate gets before it is scored.
 RECOVERIES = ("none", "bn", "reconstruct", "steps:K")
+#: Where a ticket's training can begin (see `ticket`), and those that are played by default.
+EVERY_ARM = (
+    "reconstructed", "finetuned", "distilled", "inherited", "rewind", "init", "fresh", "shuffled",
+    "scratch",
+)  # fmt: skip
+ARMS = ("reconstructed", "finetuned", "rewind", "fresh")
 
 
 def parse_recovery(recovery: str) -> tuple[str, int]:

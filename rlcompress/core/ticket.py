@@ -1,12 +1,18 @@
 """Tickets: the surviving subnetwork, retrained per the Lottery Ticket Hypothesis.
 
 Frankle & Carbin (2019); rewinding to an early iteration k: Frankle et al. (2020). The same
-schedule, kept channels, data order and steps in every arm:
+schedule, quantizer, data order and steps in every arm:
 
-    rewind         weights of the dense network after k epochs, cut, then trained
-    fresh          a new initialisation, cut, then trained: the control
-    finetuned      the reconstructed network, then trained
     reconstructed  the evaluator's closed-form fit, no training
+    finetuned      the reconstructed network, then trained
+    distilled      the reconstructed network, then trained on the dense one's answers alone
+    inherited      the trained weights, cut, then trained
+    rewind         weights of the dense network after k epochs, cut, then trained
+    init           its weights before the first step, cut, then trained: the lottery ticket
+    fresh          a new initialisation, cut, then trained: the control
+    shuffled       as rewind, but as many channels of each group at random
+    scratch        as fresh, for as many MACs as the dense network would take for the same epochs
+                   (Liu et al., 2019, "Rethinking the Value of Network Pruning", section 3)
 
 Each arm is written as a packed artifact and measured as read back from the disk.
 """
@@ -14,7 +20,7 @@ Each arm is written as a packed artifact and measured as read back from the disk
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +30,7 @@ import torch
 from torch import nn
 
 from rlcompress.core.artifact import ModelRef, load_artifact, pack
+from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Split
 from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import save_bytes
@@ -31,7 +38,7 @@ from rlcompress.core.fitted import CutNetwork, fitted_network
 from rlcompress.core.fold import snap
 from rlcompress.core.graph import Network
 from rlcompress.core.problem import pick_device
-from rlcompress.core.prune import cut
+from rlcompress.core.prune import cut, kept_channels
 from rlcompress.core.quant import (
     attach_fake_quant,
     float_weight,
@@ -39,11 +46,10 @@ from rlcompress.core.quant import (
     mse_clip,
     scale_of,
 )
-from rlcompress.core.schedule import FULL_PRECISION, Schedule
+from rlcompress.core.schedule import ARMS, FULL_PRECISION, Schedule
 from rlcompress.core.train import Checkpoint, Recipe, epochs, teach
 
 UNTRAINED = "reconstructed"
-ARMS = (UNTRAINED, "finetuned", "rewind", "fresh")
 
 
 def cut_network(
@@ -81,11 +87,13 @@ class Lesson:
         seed: int,
         teacher: nn.Module,
         device: str = "auto",
+        *,
+        arms: Sequence[str] = (),
     ) -> Lesson:
         """With what the teacher says of every image, or the teacher itself where augmentation
-        makes new ones."""
+        makes new ones; if the recipe or one of the arms learns from it."""
         plain = Lesson(data, validation, recipe, seed, device=device)
-        if not recipe.distill:
+        if not (recipe.distill or "distilled" in arms):
             return plain
         if recipe.augment:
             return replace(plain, teacher=copy.deepcopy(teacher).cpu())
@@ -99,6 +107,7 @@ class Task:
     start: CutNetwork
     network: Network
     schedule: Schedule
+    recipe: Recipe | None = None  # in place of the lesson's
 
     def prepared(self) -> nn.Module:
         model = copy.deepcopy(self.start.model)
@@ -112,7 +121,7 @@ class Task:
         yield from epochs(
             self.prepared().to(device),
             lesson.data,
-            lesson.recipe,
+            self.recipe or lesson.recipe,
             seed=lesson.seed,
             validation=lesson.validation,
             teacher=None if lesson.teacher is None else lesson.teacher.to(device),
@@ -180,7 +189,7 @@ class Plan:
         return self.folder / f"{arm}.checkpoint"
 
     def clear(self) -> None:
-        for arm in ARMS:
+        for arm in self.starts:
             self.checkpoint(arm).unlink(missing_ok=True)
 
 
@@ -198,22 +207,51 @@ def starts(
     dense: nn.Module,
     rewind: nn.Module,
     seed: int,
+    *,
+    arms: Sequence[str] = ARMS,
 ) -> dict[str, CutNetwork]:
     """Where each arm begins, on the CPU.
 
     dense, rewind  the trained network and the one after k epochs;  evaluator  fits the
-    reconstruction;  seed  plus one is the fresh initialisation's
+    reconstruction;  seed  of the dense network's initialisation: plus one is the fresh one's
     """
     network = evaluator.network
     kept = evaluator.kept(schedule)
-    fresh = ref.build(seed + 1)
-    reconstructed = fitted_network(dense, evaluator, schedule).cpu()
-    return {
-        "reconstructed": reconstructed,
-        "finetuned": reconstructed,
-        "rewind": cut_network(rewind, network, kept, schedule).cpu(),
-        "fresh": cut_network(fresh, network, kept, schedule).cpu(),
+    rng = np.random.default_rng(seed)
+    noise = {name: rng.random(group.channels) for name, group in network.groups.items()}
+    reconstructed: list[CutNetwork] = []
+
+    def fitted() -> CutNetwork:
+        if not reconstructed:
+            reconstructed.append(fitted_network(dense, evaluator, schedule).cpu())
+        return reconstructed[0]
+
+    def of(model: nn.Module, masks: Mapping[str, np.ndarray] = kept) -> CutNetwork:
+        return cut_network(model, network, masks, schedule).cpu()
+
+    begin: dict[str, Callable[[], CutNetwork]] = {
+        "reconstructed": fitted,
+        "finetuned": fitted,
+        "distilled": fitted,
+        "inherited": lambda: of(dense),
+        "rewind": lambda: of(rewind),
+        "init": lambda: of(ref.build(seed)),
+        "fresh": lambda: of(ref.build(seed + 1)),
+        "shuffled": lambda: of(rewind, kept_channels(network, noise, network.counts(schedule))),
+        "scratch": lambda: of(ref.build(seed + 1)),
     }
+    return {arm: begin[arm]() for arm in arms}
+
+
+def recipe_of(arm: str, recipe: Recipe, network: Network, schedule: Schedule) -> Recipe:
+    """What an arm is trained by, `recipe` being everyone's."""
+    if arm == "distilled":
+        return replace(recipe, distill=1.0)
+    if arm == "scratch":
+        costs = CostModel(network)
+        times = costs.cost(Schedule()).macs / costs.cost(schedule).macs
+        return replace(recipe, epochs=max(1, round(recipe.epochs * times)))
+    return replace(recipe, epochs=0) if arm == UNTRAINED else recipe
 
 
 def play_arms(
@@ -227,18 +265,18 @@ def play_arms(
 ) -> Iterator[tuple[Plan, Arm]]:
     """Plays every arm of every plan, as they end. What an earlier call left unfinished in the
     plans' folders goes on."""
-    last = lesson.recipe.epochs
     queue: list[tuple[Plan, str, Task]] = []
     ready: list[tuple[Plan, str, CutNetwork, list[dict[str, Any]]]] = []
 
     def tasks() -> Iterator[tuple[Task, Checkpoint | None]]:
         for plan in plans:
-            for arm in ARMS:
-                task = Task(plan.starts[arm], network, plan.schedule)
+            for arm, begin in plan.starts.items():
+                recipe = recipe_of(arm, lesson.recipe, network, plan.schedule)
+                task = Task(begin, network, plan.schedule, recipe)
                 resume = Checkpoint.load(plan.checkpoint(arm), plan.key)
-                if arm == UNTRAINED or last == 0:
+                if recipe.epochs == 0:
                     ready.append((plan, arm, copy.deepcopy(task.start), []))
-                elif resume is not None and resume.epoch == last:
+                elif resume is not None and resume.epoch == recipe.epochs:
                     on_epoch(plan, arm, resume)
                     ready.append((plan, arm, task.result(resume), resume.curve))
                 else:
@@ -256,7 +294,7 @@ def play_arms(
         plan, arm, task = queue[number]
         checkpoint.save(plan.checkpoint(arm), plan.key)
         on_epoch(plan, arm, checkpoint)
-        if checkpoint.epoch == last:
+        if task.recipe is not None and checkpoint.epoch == task.recipe.epochs:
             ready.append((plan, arm, task.result(checkpoint), checkpoint.curve))
         yield from written()
     yield from written()

@@ -28,7 +28,7 @@ from rlcompress.core.tensors import load_tensors, save_tensors
 class Recipe:
     """How to train: SGD with Nesterov momentum 0.9, one-cycle learning rate (10 % warm-up).
 
-    lr is the peak; with `distill` half of the loss is the KL to the teacher's predictions.
+    lr is the peak;  distill  share of the loss (0-1) that is the KL to the teacher's predictions
     """
 
     epochs: int
@@ -37,7 +37,7 @@ class Recipe:
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     augment: bool = False
-    distill: bool = False
+    distill: float = 0.0
 
 
 def _batches(split: Split, recipe: Recipe, seed: int, epoch: int) -> Iterator[torch.Tensor]:
@@ -205,7 +205,7 @@ def epochs(
                 with torch.no_grad():
                     wanted = teacher(images).log_softmax(1)
             if wanted is not None:
-                loss = 0.5 * (loss + imitation(logits, wanted))
+                loss = (1 - recipe.distill) * loss + recipe.distill * imitation(logits, wanted)
             descend(optimizer, loss, recipe.lr * one_cycle(epoch * steps + i, total))
             losses.append(loss.detach())
         mean = float(torch.stack(losses).mean())

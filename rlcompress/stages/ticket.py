@@ -16,19 +16,22 @@ from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import save_json
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import (
-    ARMS,
     Arm,
     Lesson,
     Plan,
     Player,
     in_process,
     play_arms,
+    recipe_of,
     starts,
 )
 from rlcompress.core.train import Checkpoint, Recipe, logits_of, measure
 from rlcompress.live import stage
 from rlcompress.stages.finals import finals
 from rlcompress.stages.workspace import Workspace
+
+#: Share of the loss that the dense network's answers are, where `ticket.distill` is on.
+DISTILLED = 0.5
 
 
 def winners(run: Workspace, records: list[Record]) -> list[Record]:
@@ -70,11 +73,17 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
         return
 
     dense = run.network("trained").to(run.device)
-    recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=t.distill)
-    lesson = Lesson.of(run.data.train, run.splits[2], recipe, e.seed, dense, e.device)
+    share = DISTILLED if t.distill else 0.0
+    recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=share)
+    lesson = Lesson.of(run.data.train, run.splits[2], recipe, e.seed, dense, e.device, arms=t.arms)
     evaluator = run.evaluator(dense, t.fit_images, run.splits[0], e.seed)
     epochs: dict[tuple[Path, str], int] = {}
-    with stage("tickets", len(wanted) * (len(ARMS) - 1) * t.epochs) as shown:
+    total = sum(
+        recipe_of(arm, recipe, evaluator.network, record.schedule).epochs
+        for record in wanted.values()
+        for arm in t.arms
+    )
+    with stage("tickets", total) as shown:
 
         def on_epoch(plan: Plan, arm: str, checkpoint: Checkpoint) -> None:
             epochs[plan.folder, arm] = checkpoint.epoch
@@ -93,7 +102,7 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
         ):
             arms = played[plan.folder]
             arms[arm.name] = arm
-            if len(arms) == len(ARMS):
+            if len(arms) == len(t.arms):
                 ticket = _judge(run, wanted[plan.folder], plan.folder, arms, dense, evaluator)
                 plan.clear()
                 # Their networks are on the disk.
@@ -106,7 +115,10 @@ def _plans(
 ) -> Iterator[Plan]:
     rewind = run.network("rewind").to(run.device)
     for folder, record in wanted.items():
-        begin = starts(record.schedule, evaluator, run.ref, dense, rewind, run.experiment.seed)
+        e = run.experiment
+        begin = starts(
+            record.schedule, evaluator, run.ref, dense, rewind, e.seed, arms=e.ticket.arms
+        )
         yield Plan(
             folder, record.schedule, begin, f"{run.ticket_inputs()}/{record.schedule.digest()}"
         )
@@ -134,7 +146,8 @@ def _judge(
     e, selection = run.experiment, run.splits[2]
     dense_logits = logits_of(dense, selection)
     cost = evaluator.costs.cost(record.schedule)
-    chosen = {name: measure(arms[name].model, selection, dense_logits, cost) for name in ARMS}
+    names = e.ticket.arms
+    chosen = {name: measure(arms[name].model, selection, dense_logits, cost) for name in names}
     best = max(chosen, key=lambda name: (chosen[name].accuracy, -chosen[name].kl))
     size = os.path.getsize(folder / f"{best}.safetensors")
     if size != cost.bytes:
@@ -143,7 +156,7 @@ def _judge(
     # The only place that reads the test split.
     test_logits = logits_of(dense, run.data.test)
     dense_cost = evaluator.costs.cost(Schedule())
-    tested = {name: measure(arms[name].model, run.data.test, test_logits, cost) for name in ARMS}
+    tested = {name: measure(arms[name].model, run.data.test, test_logits, cost) for name in names}
     content = {
         "id": folder.name,
         "searcher": record.searcher,

@@ -12,22 +12,22 @@ from torch import nn
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.data import digits
 from rlcompress.core.quant import fake_quantize
-from rlcompress.core.schedule import Schedule
+from rlcompress.core.schedule import ARMS, EVERY_ARM, Schedule
 from rlcompress.core.structure import build_network
 from rlcompress.core.ticket import (
-    ARMS,
     Lesson,
     Plan,
     Task,
     cut_network,
     in_process,
     play_arms,
+    recipe_of,
     starts,
     write_network,
 )
 from rlcompress.core.train import Recipe, logits_of, top1, train
 
-RECIPE = Recipe(epochs=1, batch_size=32, lr=0.02, distill=True)
+RECIPE = Recipe(epochs=1, batch_size=32, lr=0.02, distill=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +187,57 @@ def test_learned_steps_survive_training(bits):
         assert float(ratio.min()) > 0.2, name
         assert float(ratio.max()) < 5, name
     assert last.curve[-1]["validation_accuracy"] > before - 0.02
+
+
+def test_every_arm_begins_where_it_says(trained, evaluator, schedule):
+    network, dense = trained.network, trained.model
+    rewind = trained.ref.build(7)
+    begin = starts(schedule, evaluator, trained.ref, dense, rewind, seed=0, arms=EVERY_ARM)
+    assert tuple(begin) == EVERY_ARM
+    kept = evaluator.kept(schedule)
+
+    def same(arm: str, model: nn.Module) -> bool:
+        wanted = cut_network(model, network, kept, schedule).model.state_dict()
+        found = begin[arm].model.state_dict()
+        assert {n: t.shape for n, t in wanted.items()} == {n: t.shape for n, t in found.items()}
+        return all(torch.equal(t, wanted[n]) for n, t in found.items())
+
+    sources = {
+        "inherited": dense,
+        "rewind": rewind,
+        "init": trained.ref.build(0),
+        "fresh": trained.ref.build(1),
+        "scratch": trained.ref.build(1),
+    }
+    assert all(same(arm, model) for arm, model in sources.items())
+    assert not same("shuffled", rewind)
+    assert begin["distilled"] is begin["finetuned"] is begin["reconstructed"]
+
+
+def test_arms_are_trained_as_they_say(trained, schedule, evaluator):
+    recipe = Recipe(epochs=2, distill=0.5)
+    network = trained.network
+    of = {arm: recipe_of(arm, recipe, network, schedule) for arm in EVERY_ARM}
+    assert of["reconstructed"].epochs == 0
+    assert of["distilled"] == Recipe(epochs=2, distill=1.0)
+    macs = [evaluator.costs.cost(s).macs for s in (Schedule(), schedule)]
+    assert of["scratch"].epochs == round(2 * macs[0] / macs[1]) > 2
+    plain = {"finetuned", "inherited", "rewind", "init", "fresh", "shuffled"}
+    assert all(of[arm] == recipe for arm in plain)
+
+
+def test_answers_alone_teach(trained, evaluator, schedule, data, tmp_path):
+    """With every label wrong, only the arm that sees none stays right."""
+    few = data.train.sample(256, 0)
+    wrong = type(few)(few.raw_NCHW, (few.labels_N + 1) % 10, few.mean, few.std)
+    arms = ("distilled", "finetuned")
+    lesson = Lesson.of(
+        wrong, data.validation, Recipe(4, 32, 0.05), 0, trained.model, "cpu", arms=arms
+    )
+    begin = starts(
+        schedule, evaluator, trained.ref, trained.model, trained.model, seed=0, arms=arms
+    )
+    played = play_arms([Plan(tmp_path, schedule, begin)], trained.network, trained.ref, lesson)
+    accuracy = {arm.name: top1(arm.model, data.validation) for _, arm in played}
+    assert accuracy["distilled"] > 0.7
+    assert accuracy["finetuned"] < 0.3

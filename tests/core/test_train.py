@@ -40,8 +40,8 @@ class InterruptedRunError(Exception):
 RECIPES = {
     "plain": Recipe(epochs=4, batch_size=32),
     "augmented": Recipe(epochs=4, batch_size=32, augment=True, label_smoothing=0.1),
-    "distilled": Recipe(epochs=4, batch_size=32, distill=True),
-    "both": Recipe(epochs=4, batch_size=32, distill=True, augment=True),
+    "distilled": Recipe(epochs=4, batch_size=32, distill=0.5),
+    "both": Recipe(epochs=4, batch_size=32, distill=0.5, augment=True),
 }
 
 

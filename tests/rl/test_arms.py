@@ -29,7 +29,7 @@ def make_lesson(bundle):
     split = Split(torch.tensor(bundle.score_NCHW), torch.tensor(bundle.labels_N))
 
     def make(lr: float) -> Lesson:
-        recipe = Recipe(epochs=2, batch_size=16, lr=lr, distill=True)
+        recipe = Recipe(epochs=2, batch_size=16, lr=lr, distill=0.5)
         return Lesson.of(split, split, recipe, 0, bundle.model(), "cpu")
 
     return make
