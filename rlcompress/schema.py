@@ -6,7 +6,6 @@ experiment's hash is.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -24,6 +23,7 @@ from pydantic import (
     field_validator,
 )
 
+from rlcompress.core.errors import did_you_mean
 from rlcompress.core.schedule import ARMS, BITS, EVERY_ARM, KEEPS, RECOVERIES, parse_recovery
 
 MODELS = ("vgg19", "mobilenetv2", "resnet18")
@@ -45,12 +45,6 @@ _UNHASHED: Any = {
         "num_gpus_per_env_runner",
     },
 }
-
-
-def did_you_mean(word: object, allowed: Sequence[str]) -> str:
-    """`; did you mean "NEAREST"?`, or nothing when no allowed word is near."""
-    matches = difflib.get_close_matches(str(word), allowed, n=1)
-    return f'; did you mean "{matches[0]}"?' if matches else ""
 
 
 def _factory(names: Sequence[str]) -> AfterValidator:

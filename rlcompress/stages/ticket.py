@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from rlcompress import __version__
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import save_json
@@ -110,6 +113,24 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
                 yield ticket
 
 
+def lineage(run: Workspace, record: Record) -> dict[str, str]:
+    """What made a ticket, beside its options and seed."""
+    made = {"version": __version__, "commit": commit()}
+    policy = run.folder / "search" / "policy" / "policy.safetensors"
+    if record.searcher == "ppo" and policy.exists():
+        made["policy"] = hashlib.sha256(policy.read_bytes()).hexdigest()[:12]
+    return made
+
+
+def commit() -> str:
+    """Of the checkout that it runs in; empty outside of one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def _plans(
     run: Workspace, wanted: dict[Path, Record], evaluator: Evaluator, dense: nn.Module
 ) -> Iterator[Plan]:
@@ -187,6 +208,7 @@ def _judge(
         "target": record.target,
         "ratio": dense_cost.bytes / cost.bytes,
         "search": record.measurement.to_dict(),
+        "lineage": lineage(run, record),
     }
     save_json(folder / "ticket.json", content)
     return content

@@ -1,20 +1,17 @@
 """MLflow: a parent run for an experiment, a child run for a ticket, a version for a model.
 
-The only file that knows MLflow. Every call asks MLflow what is there already and adds what
+Every call asks MLflow what is there already and adds what
 is missing, so calling it twice, or again after a crash, doubles nothing. It keeps no global
 state: neither the active run nor MLflow's tracking URI is touched.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import logging
 import os
-import re
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,23 +19,12 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-# MLflow reads these on import or at each request; what the user set stands. Its own defaults,
-# 7 retries of 120 s, make an unreachable server a wait of a quarter of an hour.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-
 import mlflow
 import mlflow.pytorch
-import sqlalchemy
 import torch
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Param
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types import Schema, TensorSpec
+from mlflow.models import Model
 from requests import RequestException  # type: ignore[import-untyped]
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -46,6 +32,14 @@ from rlcompress.core.errors import first_line
 from rlcompress.core.files import save_json
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.schedule import Measurement, Record
+from rlcompress.tracking.graph import save_pt2
+from rlcompress.tracking.store import (
+    TrackingError,
+    UnexportableError,
+    hidden,
+    make_database,
+    try_database,
+)
 
 _ADVICE = "MLFLOW_TRACKING_URI names another; unset, the run folder is used"
 _METRICS_PER_BATCH, _PARAMS_PER_BATCH = 1000, 100  # MLflow's limits
@@ -54,14 +48,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Plain = Mapping[str, Any]  # the content of a JSON or YAML file
 Row = tuple[str, int, float]  # metric, step, value
-
-
-class TrackingError(RuntimeError):
-    """MLflow could not be reached or refused; the message names its URI (password hidden)."""
-
-
-class UnexportableError(TrackingError):
-    """torch.export cannot follow the network."""
 
 
 def _clear(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate[Tracker, P], T]:
@@ -106,8 +92,8 @@ class Tracker:
             logging.getLogger(noisy).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
 
         if self.uri == embedded:
-            _make_database(self.run / "mlflow.db")
-        _try_database(self.uri)
+            make_database(self.run / "mlflow.db")
+        try_database(self.uri)
         self.client = mlflow.MlflowClient(tracking_uri=self.uri)
         self.experiment_id = self._find_experiment()
         run_id = _run_id(self.run / "mlflow.json")
@@ -165,13 +151,36 @@ class Tracker:
         if "rlcompress.complete" in self.client.get_run(child).data.tags:
             return
         names = ("id", "searcher", "arm", "seed", "spec_hash", "target", "split")
-        self._log_params(child, {name: ticket[name] for name in names})
+        params = {name: ticket[name] for name in names} | dict(ticket.get("lineage", {}))
+        self._log_params(child, params)
+        for arm in (ticket["arm"], *ticket["controls"]):
+            self._log_arm(child, ticket, arm)
         curves = [row for arm, points in ticket["curves"].items() for row in _curve(arm, points)]
         self._log_metrics(child, curves, _ticket_values(ticket))
         self.client.log_artifacts(child, str(folder))
         self.client.log_dict(child, ticket["schedule"], "schedule.json")
         self.client.set_tag(child, "rlcompress.complete", "true")
         self.client.set_terminated(child, "FINISHED")
+
+    def _log_arm(self, child: str, ticket: Plain, arm: str) -> None:
+        """An arm as a child run of its ticket's: its curve, and its measurement on test."""
+        tags = {
+            **self._tags,
+            "rlcompress.role": "arm",
+            "rlcompress.ticket": str(ticket["id"]),
+            "rlcompress.arm": arm,
+        }
+        run = self._find_or_create(tags, arm, **{"mlflow.parentRunId": child})
+        measured = ticket["ticket"] if arm == ticket["arm"] else ticket["controls"][arm]
+        self._log_params(run, {"arm": arm, "ticket": ticket["id"], "seed": ticket["seed"]})
+        values = _measured("", measured)
+        if arm in ticket["validation"]:
+            values["validation_accuracy_last"] = ticket["validation"][arm]
+        points = ticket["curves"].get(arm, [])
+        names = ("loss", "validation_accuracy")
+        rows = [(name, int(point["step"]), point[name]) for point in points for name in names]
+        self._log_metrics(run, rows, values)
+        self.client.set_terminated(run, "FINISHED")
 
     @_clear
     def register(self, ticket: Plain, model: torch.nn.Module, example_input: torch.Tensor) -> str:
@@ -180,9 +189,10 @@ class Tracker:
         example_input  (N, ...), N >= 1: what `model` takes; the logged graph takes any N
 
         The model is logged as a pt2 graph, which loads without unpickling.
-        The alias `champion` moves to it if there is none yet or if it is denser than the
-        champion, on the validation split. Density counts at the accuracy floor only: a ticket
-        below it never takes the alias from one that is not; see `ticket_rank`. Raises
+        The alias `champion` goes to the densest version on the validation split. Density counts at
+        the accuracy floor only: a ticket below it never takes the alias from one that is not; see
+        `ticket_rank`. Of experiments that register at once the last one to look sees all
+        versions, so that none moves the alias backwards. Raises
         TrackingError if `log_ticket` has not logged this ticket, UnexportableError if `model`
         cannot be exported with a free batch size.
         """
@@ -204,8 +214,7 @@ class Tracker:
             source = logged.artifact_location  # models:/<id> would be looked up at the global URI
             ids = {"run_id": child, "model_id": logged.model_id}
             found = [self.client.create_model_version(self.name, source, tags=tags, **ids)]
-        if self._beats_champion(at_floor, value):
-            self.client.set_registered_model_alias(self.name, "champion", found[0].version)
+        self._crown()
         return str(found[0].version)
 
     @_clear
@@ -229,7 +238,7 @@ class Tracker:
 
     def _error(self, reason: str) -> TrackingError:
         message = f"MLflow at {self.uri}: {reason}"
-        return TrackingError(re.sub(r"(://[^/@\s]*?):[^/@\s]*@", r"\1:***@", message))
+        return TrackingError(hidden(message))
 
     def _find_experiment(self) -> str:
         found = self.client.get_experiment_by_name(self.name)
@@ -302,7 +311,7 @@ class Tracker:
             folder = Path(scratch) / "model"
             about = Model(model_id=logged.model_id, run_id=child)
             try:
-                _save_pt2(model, example, folder, about)
+                save_pt2(model, example, folder, about)
             except Exception as error:  # torch.export raises what it likes
                 raise UnexportableError(
                     f"MLflow's pt2 format cannot hold this network: {first_line(error)}"
@@ -311,73 +320,27 @@ class Tracker:
         self.client.log_outputs(child, [LoggedModelOutput(logged.model_id, step=0)])
         return self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
 
-    def _beats_champion(self, at_floor: bool, density: float) -> bool:
-        aliases = self.client.get_registered_model(self.name).aliases
-        if "champion" not in aliases:
-            return True
-        tags = self.client.get_model_version(self.name, aliases["champion"]).tags
-        if "rlcompress.density" not in tags:
-            return False  # somebody's own choice, by hand
-        champion = (tags["rlcompress.at_floor"] == "True", float(tags["rlcompress.density"]))
-        return (at_floor, density) > champion
-
-
-def _save_pt2(model: torch.nn.Module, example: torch.Tensor, folder: Path, about: Model) -> None:
-    """Write a copy of `model` as an MLflow model in pt2 format, with a free batch size."""
-    model = copy.deepcopy(model).cpu().eval()
-    # torch.export takes a size of 1 for a constant, so the example needs two rows.
-    pair = example[:1].detach().cpu().repeat_interleave(2, dim=0)
-    with torch.no_grad():
-        output = model(pair)
-    specs = (TensorSpec(t.numpy().dtype, (-1, *t.shape[1:])) for t in (pair, output))
-    given, made = (Schema([spec]) for spec in specs)
-    mlflow.pytorch.save_model(
-        model,
-        str(folder),
-        mlflow_model=about,
-        signature=ModelSignature(inputs=given, outputs=made),
-        input_example=pair.numpy(),
-        pip_requirements=[f"torch=={torch.__version__.split('+')[0]}"],
-        serialization_format="pt2",
-    )
-    graph = torch.export.load(folder / "data" / "model.pt2")
-    (name,) = graph.graph_signature.user_inputs
-    (node,) = (node for node in graph.graph.nodes if node.name == name)
-    if not isinstance(node.meta["val"].shape[0], torch.SymInt):
-        kind = type(model).__name__
-        raise ValueError(f"{kind} exports only with a batch of 2: its forward fixes the batch size")
-
-
-def prepare(run: Path, uri: str | None = None) -> None:
-    """Does ahead what takes a new `Tracker` seconds: making the embedded database."""
-    if not (uri or os.environ.get("MLFLOW_TRACKING_URI")):
-        _make_database(run.resolve() / "mlflow.db")
-
-
-_making = threading.Lock()
-
-
-def _make_database(path: Path) -> None:
-    """Make MLflow's tables aside: killed half-way, MLflow could never open the file again."""
-    with _making:
-        if path.exists():
-            return
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="mlflow-") as scratch:
-            mlflow.MlflowClient(f"sqlite:///{scratch}/made.db").search_experiments(max_results=1)
-            os.replace(f"{scratch}/made.db", path)
-
-
-def _try_database(uri: str) -> None:
-    """Connect once: MLflow itself tries ten times, over 100 s, before it says so."""
-    if "://" not in uri or urlsplit(uri).scheme in ("http", "https", "file", "databricks"):
-        return
-    try:
-        url = sqlalchemy.make_url(uri)
-        if url.get_backend_name() == "sqlite" and url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).connect().close()
-    except (OSError, ImportError) as error:
-        raise SQLAlchemyError(str(error)) from error
+    def _crown(self) -> None:
+        """Gives the alias to the best version. MLflow cannot compare and set at once, so it looks
+        again until the alias is where it belongs: whoever sets it last has seen all versions."""
+        while True:
+            aliases = self.client.get_registered_model(self.name).aliases
+            now = aliases.get("champion")
+            ranks = {
+                str(version.version): (
+                    version.tags["rlcompress.at_floor"] == "True",
+                    float(version.tags["rlcompress.density"]),
+                )
+                for version in self.client.search_model_versions(f"name = '{self.name}'")
+                if "rlcompress.density" in version.tags
+            }
+            if now is not None and str(now) not in ranks:
+                return  # somebody's own choice, by hand
+            # Of equals the first stays.
+            best = max(ranks, key=lambda v: (*ranks[v], -int(v)))
+            if now is not None and ranks[str(now)] >= ranks[best]:
+                return
+            self.client.set_registered_model_alias(self.name, "champion", best)
 
 
 def _run_id(path: Path) -> str:
