@@ -152,7 +152,9 @@ class Signals:
             if not x.requires_grad:  # the network's own input
                 return None
             mine = x.view_as(x)
-            mine.register_hook(lambda gradient: self._take(layer, mine.detach(), gradient))
+            # The hook must not hold the tensor it hangs on: no collector would find that cycle.
+            seen = mine.detach()
+            mine.register_hook(lambda gradient: self._take(layer, seen, gradient))
             return (mine, *args[1:])
 
         return hook

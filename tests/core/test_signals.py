@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -77,3 +78,23 @@ def test_live_estimates_rank_as_those_of_a_trained_network_do(trained, data, est
         assert (live.prune_refit[name] <= cost_K).all()
     signals.close()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_minibatch_is_let_go(trained, data):
+    """What the backward pass was looked at through must not outlive it."""
+    model = copy.deepcopy(trained.model).train()
+    signals = Signals(model, trained.network, (1.0, 0.4), (4,))
+    signals.listening = True
+    seen = []
+    hook = model.features[3].register_forward_pre_hook(
+        lambda module, args: seen.append(weakref.ref(args[0]))
+    )
+    for step in range(2):
+        images = data.train.images(slice(16 * step, 16 * (step + 1)))
+        loss = F.cross_entropy(model(images), data.train.labels_N[16 * step : 16 * (step + 1)])
+        loss.backward()
+        signals.read(loss)
+    hook.remove()
+    del loss
+    assert seen
+    assert all(reference() is None for reference in seen)
