@@ -46,12 +46,12 @@ from benchmarks import results
 from benchmarks.drifts import DRIFTS, drifted
 from benchmarks.networks import EXPERIMENTS, bundle, workspace
 from rlcompress.core.artifact import load_artifact
-from rlcompress.core.dynamic import Pace
 from rlcompress.core.files import read_lines
 from rlcompress.core.fitted import fitted_network
 from rlcompress.core.pareto import archive_front
 from rlcompress.core.quant import float_weight
 from rlcompress.core.schedule import Schedule, performance_density
+from rlcompress.core.squeeze import Pace
 from rlcompress.core.ticket import Task, write_network
 from rlcompress.core.train import Recipe, top1
 from rlcompress.core.train import train as train_plain

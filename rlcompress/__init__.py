@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlcompress.core.artifact import ModelRef, load_artifact
-    from rlcompress.core.dynamic import DynamicCompressor, Pace
+    from rlcompress.core.dynamic import DynamicCompressor
     from rlcompress.core.schedule import Measurement, Record, Schedule
+    from rlcompress.core.squeeze import Pace
 
 # Before torch loads: OpenMP threads that spin at a barrier make two-core machines ten times
 # slower as soon as anything else runs (46 s against 4.7 s for the same training epoch).
@@ -38,7 +39,7 @@ except PackageNotFoundError:  # a checkout on the path, not installed
 _HOMES = {
     "DynamicCompressor": "rlcompress.core.dynamic",
     "ModelRef": "rlcompress.core.artifact",
-    "Pace": "rlcompress.core.dynamic",
+    "Pace": "rlcompress.core.squeeze",
     "load_artifact": "rlcompress.core.artifact",
     "Measurement": "rlcompress.core.schedule",
     "Record": "rlcompress.core.schedule",

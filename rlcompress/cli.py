@@ -275,6 +275,22 @@ def ticket(
 
 
 @app.command()
+def dynamic(
+    name: Name,
+    file: File = FILE,
+    sets: Sets = None,
+    out: Out = None,
+) -> None:
+    """Compress the network during one training run, with the policy in the loop.
+
+    \b
+    rlcompress dynamic quickstart
+    rlcompress dynamic quickstart --set dynamic.target=40 --set dynamic.policy_episodes=16
+    """
+    _open(name, file, sets, out).dynamic()
+
+
+@app.command()
 def export(
     name: Name,
     file: File = FILE,

@@ -282,6 +282,31 @@ class TicketSpec(_Section):
     ] = Field(ARMS, description="where training begins: " + ", ".join(EVERY_ARM))
 
 
+class DynamicSpec(_Section):
+    """Compression during one training run, from the rewind point on."""
+
+    target: float = Field(20.0, gt=1, description="dense bytes / artifact bytes to reach")
+    warmup: int = Field(101, ge=1, description="minibatches before the first decision")
+    watch: int = Field(30, ge=2, description="of them, those that a pass is prepared on")
+    recovery_steps: int = Field(10, ge=1, description="minibatches behind each decision")
+    rounds: int = Field(2, ge=1, description="passes over the layers")
+    final_steps: int = Field(400, ge=0, description="minibatches behind the last decision")
+    batch_size: int = Field(64, ge=2, description="images a minibatch")
+    lr: float = Field(0.05, gt=0, description="peak learning rate of SGD")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on the weights")
+    policy_episodes: int = Field(
+        0, ge=0, description="training runs that PPO plays first; 0 = the search's policy as it is"
+    )
+
+    @field_validator("watch")
+    @classmethod
+    def _within_warmup(cls, watch: int, info: ValidationInfo) -> int:
+        warmup = info.data.get("warmup")
+        if warmup is not None and warmup < 2 * watch + 1:
+            raise ValueError(f"must be less than half of dynamic.warmup = {warmup}")
+        return watch
+
+
 class ExportSpec(_Section):
     """Files a ticket is written to."""
 
@@ -320,6 +345,7 @@ class Experiment(_Section):
     search: SearchSpec = Field(SearchSpec(), description="what is searched, by whom, how long")
     ppo: PPOSpec = Field(PPOSpec(), description="the policy and how it learns")
     ticket: TicketSpec = Field(TicketSpec(), description="retraining of the best schedules")
+    dynamic: DynamicSpec = Field(DynamicSpec(), description="compression during training")
     export: ExportSpec = Field(ExportSpec(), description="files a ticket is written to")
     tracking: TrackingSpec = Field(TrackingSpec(), description="where MLflow keeps its records")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random number")

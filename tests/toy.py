@@ -9,10 +9,10 @@ from torch import nn
 
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import digits
-from rlcompress.core.dynamic import Pace
 from rlcompress.core.problem import Bundle, Problem, make_bundle
 from rlcompress.core.schedule import Measurement, Schedule
 from rlcompress.core.sensitivity import estimate
+from rlcompress.core.squeeze import Pace
 from rlcompress.core.structure import build_network
 from rlcompress.core.train import Recipe, train
 from rlcompress.core.training import Images, Training

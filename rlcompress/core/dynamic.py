@@ -15,7 +15,7 @@ masks as if they were not there, so the weights behind them learn on and a chann
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,78 +44,16 @@ from rlcompress.core.quant import (
     fake_quantize,
     float_weight,
     layer_outputs,
-    max_code,
-    round_codes,
     scale_of,
     unexplained,
 )
 from rlcompress.core.schedule import BITS, FULL_PRECISION, KEEPS, Schedule
 from rlcompress.core.signals import Signals
+from rlcompress.core.squeeze import Pace, Squeeze
 from rlcompress.core.structure import build_network
 
 #: Of the prior's ladder, which is solved anew before every decision.
 RUNGS = 24
-
-
-@dataclass(frozen=True)
-class Pace:
-    """When decisions are taken, in minibatches.
-
-    warmup          before the first;  recovery_steps  from one to the next
-    rounds          passes over the layers;  watch  minibatches that a pass is prepared on
-    """
-
-    warmup: int = 100
-    recovery_steps: int = 10
-    rounds: int = 2
-    watch: int = 20
-
-    def __post_init__(self) -> None:
-        least = {"warmup": 2 * self.watch + 1, "recovery_steps": 1, "rounds": 1, "watch": 2}
-        found = [
-            f"{name} = {getattr(self, name)}: must be at least {low}"
-            for name, low in least.items()
-            if getattr(self, name) < low
-        ]
-        if found:
-            raise UserError(*found)
-
-    def steps(self, layers: int) -> int:
-        """Until the last decision's recovery is over."""
-        return self.warmup + self.rounds * layers * self.recovery_steps
-
-
-class Squeeze(nn.Module):
-    """Parametrization: the weight as it will be when the network is cut and quantized.
-
-    mask   over the inputs, broadcast to the weight;  bits  of the weights
-    clip_O share of a channel's largest kept weight that is representable
-    """
-
-    mask: torch.Tensor
-    clip_O: torch.Tensor
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.bits = FULL_PRECISION
-        ones = torch.ones(1, *weight.shape[1:2], *[1] * (weight.dim() - 2)).to(weight)
-        # Not in the model's own state: the compressor's says what they are.
-        self.register_buffer("mask", ones, persistent=False)
-        self.register_buffer("clip_O", ones.new_ones(weight.shape[0]), persistent=False)
-
-    def scale(self, weight: torch.Tensor) -> torch.Tensor:
-        """scale_O at this moment."""
-        return scale_of(weight * self.mask, self.clip_O, self.bits)
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        if self.bits == FULL_PRECISION:
-            value, through = weight, weight
-        else:
-            step = self.scale(weight).clamp_min(1e-12).view(-1, *[1] * (weight.dim() - 1))
-            top = max_code(self.bits)
-            value = round_codes(weight.detach() / step, self.bits) * step
-            through = torch.maximum(torch.minimum(weight, top * step), -top * step)
-        return (value * self.mask).detach() + (through - through.detach())
 
 
 class DynamicCompressor:
@@ -162,7 +100,7 @@ class DynamicCompressor:
         self.layers = list(self.network.layers.values())
         self.costs = CostModel(self.network)
         self.policy, self.temperature = _policy_of(policy)
-        self._require_reachable()
+        self.require_reachable(target)
         modules = dict(model.named_modules())
         self._modules = {name: modules[name] for name in self.network.layers}
         self._require_called(example_input)
@@ -380,6 +318,15 @@ class DynamicCompressor:
         for layer in self.layers:
             self._quantize(layer, schedule.width(layer.name))
 
+    def choice_of(self, layer: str) -> dict[str, float | int]:
+        """The keep ratio of a layer's group and its bits, as they are now."""
+        group = self.network.layers[layer].group
+        return {"keep": self._keep.get(group or "", 1.0), "bits": self._squeezes[layer].bits}
+
+    def use(self, policy: Policy | Path | str | None) -> None:
+        """Another policy from here on."""
+        self.policy, self.temperature = _policy_of(policy)
+
     def freeze(self) -> None:
         """Leaves the choices as they are: no decision is due any more."""
         self.decisions = self.pace.rounds * len(self.layers)
@@ -421,11 +368,12 @@ class DynamicCompressor:
 
     # --- checks ------------------------------------------------------------------------------
 
-    def _require_reachable(self) -> None:
+    def require_reachable(self, target: float) -> None:
+        """Raises UserError for a size ratio beyond what the choices allow."""
         found, most = [], self.most_ratio()
-        if not 1.0 <= self.target <= most:
+        if not 1.0 <= target <= most:
             found.append(
-                f"target = {self.target:g}: from 1 to {most:.1f} with the smallest keep "
+                f"target = {target:g}: from 1 to {most:.1f} with the smallest keep "
                 f"{min(self.keeps)} and bits {min(self.bits)}"
             )
         if 1.0 not in self.keeps:

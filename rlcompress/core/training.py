@@ -22,11 +22,12 @@ from torch.nn import functional as F
 
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import Split
-from rlcompress.core.dynamic import DynamicCompressor, Pace
+from rlcompress.core.dynamic import DynamicCompressor
 from rlcompress.core.graph import Network
 from rlcompress.core.measure import compare
 from rlcompress.core.problem import pick_device
 from rlcompress.core.schedule import BITS, KEEPS, Measurement, Schedule
+from rlcompress.core.squeeze import Pace
 from rlcompress.core.train import descend, logits_of, one_cycle
 
 
@@ -122,7 +123,7 @@ class Trainer:
         )
         self._optimizer = self._new_optimizer()
         self._generator = torch.Generator().manual_seed(training.seed)
-        self.step = 0
+        self.step, self.loss = 0, float("nan")
         self._branch: dict[str, Any] | None = None
         known = training.dense_logits
         self._dense_logits = None if known is None else torch.tensor(known)
@@ -153,7 +154,7 @@ class Trainer:
         self._generator.manual_seed(seed)
 
     def minibatch(self) -> float:
-        """One step of training; the compressor reads it. Returns the loss."""
+        """One step of training; the compressor reads it. Returns the loss, also in `loss`."""
         t = self.training
         data = self._later if self.step >= t.drift_at * t.steps else self._data
         index = torch.randint(len(data), (t.batch_size,), generator=self._generator)
@@ -164,7 +165,8 @@ class Trainer:
         descend(self._optimizer, loss, t.lr * one_cycle(self.step, t.steps))
         self.step += 1
         self.compressor.read(loss)
-        return float(loss.detach())
+        self.loss = float(loss.detach())
+        return self.loss
 
     def advance(self) -> bool:
         """Trains until the next decision is due, or to the end: whether one is due."""

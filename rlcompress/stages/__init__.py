@@ -88,6 +88,17 @@ class Run:
                 pass
         last_lines(w)
 
+    def dynamic(self) -> None:
+        """Compression during training, beside the stages of `run`."""
+        w = self.workspace
+        w.begin()
+        from rlcompress.stages import dynamic
+
+        with noise_to(w.log()):
+            train_dense(w)
+            ticket = dynamic.compress_in_training(w)
+        dynamic.last_lines(ticket, w)
+
     def export(self) -> None:
         w = self.workspace
         tickets = w.tickets()

@@ -105,6 +105,11 @@ class Workspace:
         finalists = self.experiment.search.finalists
         return f"{self.search_inputs()} {finalists} {json.dumps(ticket, sort_keys=True)}"
 
+    def dynamic_inputs(self) -> str:
+        """What compression during training depends on."""
+        names = (*DENSE_INPUTS, "calibration", "dynamic", "ppo", "search")
+        return f"{MEASUREMENTS} {spec_hash(self.experiment, *names)}"
+
     @functools.cached_property
     def data(self) -> Data:
         spec = self.experiment.data

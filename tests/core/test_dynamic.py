@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.cost import CostModel
-from rlcompress.core.dynamic import DynamicCompressor, Pace
+from rlcompress.core.dynamic import DynamicCompressor
 from rlcompress.core.errors import UserError
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
 from rlcompress.core.policy import Policy, PolicyShape, save_policy
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.squeeze import Pace
 from tests.core.conftest import KEEPS
 from tests.toy import toy_network
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from rlcompress.core.dynamic import Pace
 from rlcompress.core.errors import UserError
 from rlcompress.core.observation import STATE_COLUMNS
 from rlcompress.core.schedule import Measurement, Schedule
+from rlcompress.core.squeeze import Pace
 from rlcompress.core.training import Images, Trainer, Training
 from tests.toy import toy_training
 

@@ -8,9 +8,9 @@ import gymnasium as gym
 import pytest
 import torch
 
-from rlcompress.core.dynamic import Pace
 from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.policy import load_policy
+from rlcompress.core.squeeze import Pace
 from rlcompress.core.training import Training
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers import Settings
