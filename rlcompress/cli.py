@@ -275,6 +275,21 @@ def ticket(
 
 
 @app.command()
+def tune(
+    name: Name,
+    file: File = FILE,
+    sets: Sets = None,
+    out: Out = None,
+) -> None:
+    """Search PPO's reward and settings with Ray Tune; one front of all trials.
+
+    \b
+    rlcompress tune quickstart --set tune.trials=8
+    """
+    _open(name, file, sets, out).tune()
+
+
+@app.command()
 def dynamic(
     name: Name,
     file: File = FILE,

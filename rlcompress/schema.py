@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -19,8 +20,10 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from rlcompress.core.errors import did_you_mean
@@ -282,6 +285,84 @@ class TicketSpec(_Section):
     ] = Field(ARMS, description="where training begins: " + ", ".join(EVERY_ARM))
 
 
+class SpaceSpec(_Section):
+    """Values of one option: exactly one of the four."""
+
+    grid: tuple[JsonValue, ...] | None = Field(None, strict=False, min_length=1)
+    choice: tuple[JsonValue, ...] | None = Field(None, strict=False, min_length=1)
+    uniform: tuple[float, float] | None = Field(None, strict=False)
+    loguniform: tuple[float, float] | None = Field(None, strict=False)
+
+    @model_validator(mode="after")
+    def _is_one(self) -> SpaceSpec:
+        kinds = ("grid", "choice", "uniform", "loguniform")
+        if sum(getattr(self, kind) is not None for kind in kinds) != 1:
+            raise ValueError(f"must be exactly one of {', '.join(kinds)}")
+        for kind in kinds[2:]:
+            limits = getattr(self, kind)
+            low = 0.0 if kind == "loguniform" else -math.inf
+            if limits is not None and not low < limits[0] < limits[1]:
+                raise ValueError(f"{kind} must be [low, high], low below high")
+        return self
+
+    def extremes(self) -> tuple[Any, ...]:
+        """Values that stand for all."""
+        values = self.grid or self.choice or self.uniform or self.loguniform
+        assert values is not None
+        return tuple(values)
+
+
+#: Options that trials may differ in, beside those of `ppo`: the problem stays the same.
+TUNED = ("search.target", "ticket.floor")
+#: Those of `ppo` that say where it runs.
+_PLACES = ("num_env_runners", "num_gpus_per_env_runner", "address")
+
+
+def tunable() -> list[str]:
+    """Keys that `tune.space` may have."""
+    names = [name for name in PPOSpec.model_fields if name not in _PLACES]
+    return [*(f"ppo.{name}" for name in names), *TUNED]
+
+
+def _space(space: dict[str, SpaceSpec]) -> dict[str, SpaceSpec]:
+    found: list[str] = []
+    sections: dict[str, type[BaseModel]] = {
+        "ppo": PPOSpec,
+        "search": SearchSpec,
+        "ticket": TicketSpec,
+    }
+    for key, values in space.items():
+        if key not in tunable():
+            near = did_you_mean(key, tunable())
+            found.append(f"{key}: no option that trials may differ in{near}")
+            continue
+        section, name = key.split(".")
+        for value in values.extremes():
+            try:
+                sections[section].model_validate({name: value})
+            except ValidationError as error:
+                found.append(f"{key} = {value}: {error.errors()[0]['msg']}")
+    if found:
+        raise ValueError("; ".join(found))
+    return space
+
+
+class TuneSpec(_Section):
+    """Ray Tune: PPO searches that differ in a few options."""
+
+    space: Annotated[dict[str, SpaceSpec], AfterValidator(_space)] = Field(
+        {}, description="option -> grid, choice, uniform or loguniform"
+    )
+    trials: int = Field(4, ge=1, description="draws, of each point of the grids")
+    trial_episodes: int | None = Field(
+        None, ge=1, description="schedules a trial measures; null = search.episodes"
+    )
+    runners: int = Field(0, ge=0, description="env runners a trial has; 0 = it plays itself")
+    scheduler: Literal["none", "asha", "pbt"] = Field(
+        "none", description="who stops or changes trials: none, ASHA, population-based training"
+    )
+
+
 class DynamicSpec(_Section):
     """Compression during one training run, from the rewind point on."""
 
@@ -346,6 +427,7 @@ class Experiment(_Section):
     ppo: PPOSpec = Field(PPOSpec(), description="the policy and how it learns")
     ticket: TicketSpec = Field(TicketSpec(), description="retraining of the best schedules")
     dynamic: DynamicSpec = Field(DynamicSpec(), description="compression during training")
+    tune: TuneSpec = Field(TuneSpec(), description="trials of `rlcompress tune`")
     export: ExportSpec = Field(ExportSpec(), description="files a ticket is written to")
     tracking: TrackingSpec = Field(TrackingSpec(), description="where MLflow keeps its records")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random number")

@@ -13,7 +13,7 @@ from rlcompress.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FILE = str(ROOT / "experiments.yaml")
-VERBS = ("ls", "check", "run", "search", "ticket", "dynamic", "export", "report", "env")
+VERBS = ("ls", "check", "run", "search", "ticket", "tune", "dynamic", "export", "report", "env")
 EXPERIMENT_VERBS = VERBS[1:-1]
 
 LOADED = """

@@ -88,6 +88,19 @@ class Run:
                 pass
         last_lines(w)
 
+    def tune(self) -> None:
+        """Trials of PPO with other rewards and settings, beside the stages of `run`."""
+        w = self.workspace
+        from rlcompress.stages import tune
+
+        tune.require_space(w)
+        w.begin()
+        with noise_to(w.log()):
+            train_dense(w)
+            trials = tune.tune(w)
+            tune.track_trials(w, trials)
+        tune.last_lines(w, trials)
+
     def dynamic(self) -> None:
         """Compression during training, beside the stages of `run`."""
         w = self.workspace

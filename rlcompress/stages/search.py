@@ -19,11 +19,7 @@ from rlcompress.stages.workspace import Workspace
 def search_all(run: Workspace) -> list[Record]:
     """Every searcher of the experiment, up to its evaluations; the whole archive."""
     e, folder = run.experiment, run.folder / "search"
-    marker = folder / "inputs.json"
-    if marker.exists() and json.loads(marker.read_text())["inputs"] != run.search_inputs():
-        run.set_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_json(marker, {"inputs": run.search_inputs()})
+    run.claim(folder, run.search_inputs())
     own = e.search.episodes
     budgets = dict.fromkeys(e.search.baselines, e.search.baseline_episodes or own)
     budgets[e.search.searcher] = own

@@ -18,7 +18,7 @@ from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import Data, Split, build_data
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator, build_evaluator
-from rlcompress.core.files import read_archive
+from rlcompress.core.files import read_archive, save_json
 from rlcompress.core.graph import Network
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.problem import Bundle, Problem, make_bundle, pick_device
@@ -87,6 +87,14 @@ class Workspace:
         path.rename(aside)
         console.print(f"{path} was made from other options: it is now {aside}")
 
+    def claim(self, folder: Path, inputs: str) -> None:
+        """Makes `folder` for results of these inputs; what others left there is set aside."""
+        marker = folder / "inputs.json"
+        if marker.exists() and json.loads(marker.read_text())["inputs"] != inputs:
+            self.set_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(marker, {"inputs": inputs})
+
     def search_inputs(self) -> str:
         """All that gives a measurement or a proposal its meaning; not how many there are."""
         # Without defaults: a new option orphans no old search.
@@ -104,6 +112,10 @@ class Workspace:
         )
         finalists = self.experiment.search.finalists
         return f"{self.search_inputs()} {finalists} {json.dumps(ticket, sort_keys=True)}"
+
+    def tune_inputs(self) -> str:
+        """What the trials of `tune` depend on."""
+        return f"{self.search_inputs()} {spec_hash(self.experiment, 'tune', 'search', 'ticket')}"
 
     def dynamic_inputs(self) -> str:
         """What compression during training depends on."""
@@ -147,6 +159,7 @@ class Workspace:
         if path.exists():
             return self.bundle_of(dense, Estimates.load(path))
         estimates = self.estimate(dense)
+        path.parent.mkdir(parents=True, exist_ok=True)
         estimates.save(path)
         return self.bundle_of(dense, estimates)
 

@@ -141,6 +141,23 @@ class Tracker:
         self._log_metrics(self.parent_id, rows)
 
     @_clear
+    def log_trial(
+        self, number: int, options: Plain, records: Sequence[Record], hypervolume: float
+    ) -> None:
+        """Log a trial of `tune` as a child run: its options, its records by step = evaluation."""
+        tags = {**self._tags, "rlcompress.role": "trial", "rlcompress.trial": json.dumps(options)}
+        name = f"trial {number}"
+        run = self._find_or_create(tags, name, **{"mlflow.parentRunId": self.parent_id})
+        self._log_params(run, options)
+        rows = [
+            (name, record.evaluation, getattr(record.measurement, name))
+            for record in sorted(records, key=lambda r: r.evaluation)
+            for name in ("accuracy", "kl", "bytes", "density")
+        ]
+        self._log_metrics(run, rows, {"hypervolume": hypervolume})
+        self.client.set_terminated(run, "FINISHED")
+
+    @_clear
     def log_ticket(self, folder: Path, ticket: Plain) -> None:
         """Log a ticket as a child run: params, metrics, curves and files.
 
