@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
 from rlcompress.core.fitted import CutNetwork
-from rlcompress.core.graph import Layer, Network, kept_mask
+from rlcompress.core.graph import Layer, Network
 from rlcompress.core.observation import (
     ACTION_COLUMNS,
     OBSERVATION_VERSION,
@@ -39,17 +38,9 @@ from rlcompress.core.observation import (
 )
 from rlcompress.core.policy import Policy, PolicyShape, load_policy
 from rlcompress.core.prior import Losses, Prior
-from rlcompress.core.prune import cut
-from rlcompress.core.quant import (
-    fake_quantize,
-    float_weight,
-    layer_outputs,
-    scale_of,
-    unexplained,
-)
 from rlcompress.core.schedule import BITS, FULL_PRECISION, KEEPS, Schedule
 from rlcompress.core.signals import Signals
-from rlcompress.core.squeeze import Pace, Squeeze
+from rlcompress.core.squeeze import Pace, Squeezed, require_called
 from rlcompress.core.structure import build_network
 
 #: Of the prior's ladder, which is solved anew before every decision.
@@ -101,21 +92,10 @@ class DynamicCompressor:
         self.costs = CostModel(self.network)
         self.policy, self.temperature = _policy_of(policy)
         self.require_reachable(target)
-        modules = dict(model.named_modules())
-        self._modules = {name: modules[name] for name in self.network.layers}
-        self._require_called(example_input)
-        self._squeezes: dict[str, Squeeze] = {}
-        for name, module in self._modules.items():
-            squeeze = Squeeze(module.weight)  # type: ignore[arg-type]
-            parametrize.register_parametrization(module, "weight", squeeze)
-            self._squeezes[name] = squeeze
+        require_called(model, self.network, example_input)
+        self.squeezed = Squeezed(model, self.network)
         self.signals = Signals(model, self.network, self.keeps, self.bits, clip, seed)
         self.steps = self.decisions = 0
-        #: group -> mask and layer -> bits in force
-        self.kept = {g: np.ones(x.channels, dtype=bool) for g, x in self.network.groups.items()}
-        self._keep = dict.fromkeys(self.network.groups, 1.0)
-        #: layer -> share of its outputs' variance that its last choice left unexplained
-        self.unexplained = dict.fromkeys(self.network.layers, 0.0)
         self._begun: tuple[float, float] | None = None
         self._observer: Observer | None = None
         self._progress: Progress | None = None
@@ -140,24 +120,7 @@ class DynamicCompressor:
     def cut_network(self) -> CutNetwork:
         """What `finalize` returns, with the scale_O of its layers."""
         self.signals.close()
-        bits = {name: squeeze.bits for name, squeeze in self._squeezes.items()}
-        clips = {name: squeeze.clip_O for name, squeeze in self._squeezes.items()}
-        for module in self._modules.values():
-            if parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        small = cut(self.model, self.network, self.kept).eval()
-        modules, scales = dict(small.named_modules()), {}
-        with torch.no_grad():
-            for layer in self.layers:
-                if bits[layer.name] == FULL_PRECISION:
-                    continue
-                weight = modules[layer.name].weight
-                out = kept_mask(layer.outputs, layer.out_channels, self.kept)
-                clip_O = clips[layer.name][torch.from_numpy(np.flatnonzero(out)).to(weight.device)]
-                scale = scale_of(weight, clip_O, bits[layer.name])  # type: ignore[arg-type]
-                weight.copy_(fake_quantize(weight, scale, bits[layer.name]))  # type: ignore[operator, union-attr, arg-type]
-                scales[layer.name] = scale
-        return CutNetwork(small, scales)
+        return self.squeezed.release()
 
     def save(self, path: Path | str, ref: ModelRef) -> CutNetwork:
         """Finalizes and writes the packed artifact; `ref` says how the dense network is built.
@@ -171,8 +134,17 @@ class DynamicCompressor:
     @property
     def schedule(self) -> Schedule:
         """The choices in force."""
-        keep = {g: k for g, k in self._keep.items() if not self.network.groups[g].protected}
-        return Schedule(keep, {name: s.bits for name, s in self._squeezes.items()})
+        return self.squeezed.schedule
+
+    @property
+    def kept(self) -> dict[str, np.ndarray]:
+        """Group -> mask of the channels that are alive."""
+        return self.squeezed.kept
+
+    @property
+    def unexplained(self) -> dict[str, float]:
+        """Layer -> share of its outputs' variance that its last choice left unexplained."""
+        return self.squeezed.unexplained
 
     @property
     def ratio(self) -> float:
@@ -264,11 +236,11 @@ class DynamicCompressor:
         )
         if self._begun is None:
             self._begun = loss, gradient
-        squeeze = self._squeezes[layer.name]
+        choice = self.choice_of(layer.name)
         total = self.pace.steps(len(self.layers)) - self.pace.warmup
         return Live(
-            keep_now=self._keep.get(layer.group or "", 1.0),
-            bits_now=squeeze.bits,
+            keep_now=float(choice["keep"]),
+            bits_now=int(choice["bits"]),
             round=self.round / self.pace.rounds,
             trained=min(1.0, (self.steps - self.pace.warmup) / total),
             loss=float(np.log(loss / self._begun[0])),
@@ -294,7 +266,7 @@ class DynamicCompressor:
         if group is None and keep != 1.0:
             raise ValueError(f"action {action}: {layer.name} owns no group, its keep must be 1")
         if group is not None:
-            self._cut(group.name, keep)
+            self.squeezed.cut(group.name, keep, self.signals.importance()[group.name])
         self._quantize(layer, bits)
         names = [x.name for x in self.layers[: t + 1]]
         done_NT = np.array([[self.unexplained[name] for name in names]])
@@ -308,20 +280,26 @@ class DynamicCompressor:
 
         Raises UserError on names that the network does not have."""
         self.network.validate(schedule)
+        importance = self.signals.importance()
         for name, group in self.network.groups.items():
             if kept is not None:
-                self.kept[name] = kept[name].copy()
-                self._keep[name] = schedule.ratio(name)
+                self.squeezed.keep_channels(name, schedule.ratio(name), kept[name])
             elif not group.protected:
-                self._cut(name, schedule.ratio(name), mask=False)
-        self._mask()
+                self.squeezed.cut(name, schedule.ratio(name), importance[name])
         for layer in self.layers:
             self._quantize(layer, schedule.width(layer.name))
+
+    def _quantize(self, layer: Layer, bits: int) -> None:
+        clip_O = self.signals.clip_of(layer.name, bits) if bits != FULL_PRECISION else None
+        self.squeezed.quantize(layer, bits, clip_O, self.signals.patches.get(layer.name))
 
     def choice_of(self, layer: str) -> dict[str, float | int]:
         """The keep ratio of a layer's group and its bits, as they are now."""
         group = self.network.layers[layer].group
-        return {"keep": self._keep.get(group or "", 1.0), "bits": self._squeezes[layer].bits}
+        return {
+            "keep": self.squeezed.ratios.get(group or "", 1.0),
+            "bits": self.squeezed.bits(layer),
+        }
 
     def use(self, policy: Policy | Path | str | None) -> None:
         """Another policy from here on."""
@@ -330,41 +308,6 @@ class DynamicCompressor:
     def freeze(self) -> None:
         """Leaves the choices as they are: no decision is due any more."""
         self.decisions = self.pace.rounds * len(self.layers)
-
-    def _cut(self, group: str, keep: float, *, mask: bool = True) -> None:
-        importance = self.signals.importance()[group]
-        alive = np.zeros(len(importance), dtype=bool)
-        order = np.argsort(-importance, kind="stable")
-        alive[order[: self.network.groups[group].count(keep)]] = True
-        self.kept[group], self._keep[group] = alive, keep
-        if mask:
-            self._mask(group)
-
-    def _mask(self, group: str | None = None) -> None:
-        """Sets the masks of what reads a group, or all."""
-        for layer in self.layers:
-            if layer.conv_groups == 1 and any(
-                group is None or link.group == group for link in layer.inputs
-            ):
-                squeeze = self._squeezes[layer.name]
-                alive = kept_mask(layer.inputs, layer.in_channels, self.kept)
-                squeeze.mask.copy_(torch.from_numpy(alive).view_as(squeeze.mask))
-
-    @torch.no_grad()
-    def _quantize(self, layer: Layer, bits: int) -> None:
-        squeeze, module = self._squeezes[layer.name], self._modules[layer.name]
-        squeeze.bits = bits
-        if bits != FULL_PRECISION:
-            clip_O = self.signals.clip_of(layer.name, bits)
-            squeeze.clip_O.copy_(clip_O.to(squeeze.clip_O))
-        patch = self.signals.patches.get(layer.name)
-        if patch is not None:
-            alive = torch.from_numpy(kept_mask(layer.outputs, layer.out_channels, self.kept)).to(
-                patch.device
-            )
-            full = layer_outputs(patch, float_weight(module))[:, alive]
-            now = layer_outputs(patch, module.weight)[:, alive]  # type: ignore[arg-type]
-            self.unexplained[layer.name] = float(unexplained(full, now).mean())
 
     # --- checks ------------------------------------------------------------------------------
 
@@ -381,24 +324,6 @@ class DynamicCompressor:
         if found:
             raise UserError(*found)
 
-    def _require_called(self, example: torch.Tensor) -> None:
-        called: set[str] = set()
-        hooks = [
-            module.register_forward_hook(lambda *_, name=name: called.add(name))
-            for name, module in self._modules.items()
-        ]
-        training = self.model.training
-        with torch.no_grad():
-            self.model.eval()(example.to(next(self.model.parameters()).device))
-        self.model.train(training)
-        for hook in hooks:
-            hook.remove()
-        missing = [name for name in self._modules if name not in called]
-        if missing:
-            raise UserError(
-                *(f"{name}: its weight is read by other code than its module" for name in missing)
-            )
-
     # --- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -410,11 +335,7 @@ class DynamicCompressor:
             "decisions": self.decisions,
             "target": self.target,
             "pace": asdict(self.pace),
-            "keep": dict(self._keep),
-            "bits": {name: squeeze.bits for name, squeeze in self._squeezes.items()},
-            "kept": {name: torch.from_numpy(mask.copy()) for name, mask in self.kept.items()},
-            "clip": {name: squeeze.clip_O.clone() for name, squeeze in self._squeezes.items()},
-            "unexplained": dict(self.unexplained),
+            "squeezed": self.squeezed.state_dict(),
             "begun": None if self._begun is None else list(self._begun),
             "progress": None
             if progress is None
@@ -434,19 +355,13 @@ class DynamicCompressor:
             for name, value in mine.items()
             if state[name] != value
         ]
-        if list(state["bits"]) != list(self._squeezes):
+        if list(state["squeezed"]["bits"]) != list(self.network.layers):
             found.append("the saved compressor is of a network with other layers")
         if found:
             raise UserError(*found)
         self.steps, self.decisions = int(state["steps"]), int(state["decisions"])
-        self._keep = dict(state["keep"])
-        self.kept = {name: mask.numpy().copy() for name, mask in state["kept"].items()}
-        self.unexplained = dict(state["unexplained"])
+        self.squeezed.load_state_dict(state["squeezed"])
         self._begun = None if state["begun"] is None else tuple(state["begun"])
-        self._mask()
-        for name, squeeze in self._squeezes.items():
-            squeeze.bits = state["bits"][name]
-            squeeze.clip_O.copy_(state["clip"][name])
         saved = state["progress"]
         self._observer = None
         self._progress = saved and Progress(

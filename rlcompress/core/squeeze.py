@@ -3,14 +3,29 @@ and quantized."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.quant import max_code, round_codes, scale_of
-from rlcompress.core.schedule import FULL_PRECISION
+from rlcompress.core.fitted import CutNetwork
+from rlcompress.core.graph import Layer, Network, kept_mask
+from rlcompress.core.prune import cut
+from rlcompress.core.quant import (
+    fake_quantize,
+    float_weight,
+    layer_outputs,
+    max_code,
+    round_codes,
+    scale_of,
+    unexplained,
+)
+from rlcompress.core.schedule import FULL_PRECISION, Schedule
 
 
 @dataclass(frozen=True)
@@ -72,3 +87,134 @@ class Squeeze(nn.Module):
             value = round_codes(weight.detach() / step, self.bits) * step
             through = torch.maximum(torch.minimum(weight, top * step), -top * step)
         return (value * self.mask).detach() + (through - through.detach())
+
+
+class Squeezed:
+    """A network that computes what it would compute cut and quantized, its weights kept.
+
+    kept         group -> mask of the channels that are alive;  ratios  group -> keep ratio
+    unexplained  layer -> share of its outputs' variance that its last choice left unexplained
+
+    Puts a parametrization on every layer of `model`, until `release`.
+    """
+
+    def __init__(self, model: nn.Module, network: Network) -> None:
+        self.model, self.network = model, network
+        self.kept = {g: np.ones(x.channels, dtype=bool) for g, x in network.groups.items()}
+        self.ratios = dict.fromkeys(network.groups, 1.0)
+        self.unexplained = dict.fromkeys(network.layers, 0.0)
+        modules = dict(model.named_modules())
+        self._modules = {name: modules[name] for name in network.layers}
+        self._squeezes: dict[str, Squeeze] = {}
+        for name, module in self._modules.items():
+            self._squeezes[name] = Squeeze(module.weight)  # type: ignore[arg-type]
+            parametrize.register_parametrization(module, "weight", self._squeezes[name])
+
+    @property
+    def schedule(self) -> Schedule:
+        keep = {g: k for g, k in self.ratios.items() if not self.network.groups[g].protected}
+        return Schedule(keep, {name: s.bits for name, s in self._squeezes.items()})
+
+    def bits(self, layer: str) -> int:
+        return self._squeezes[layer].bits
+
+    def cut(self, group: str, ratio: float, importance_C: np.ndarray) -> None:
+        """Leaves a group its most important channels; of equal ones the first."""
+        alive = np.zeros(len(importance_C), dtype=bool)
+        order = np.argsort(-importance_C, kind="stable")
+        alive[order[: self.network.groups[group].count(ratio)]] = True
+        self.keep_channels(group, ratio, alive)
+
+    def keep_channels(self, group: str, ratio: float, alive_C: np.ndarray) -> None:
+        """Leaves a group these channels: masks what reads it."""
+        self.kept[group], self.ratios[group] = alive_C.copy(), ratio
+        for layer in self.network.layers.values():
+            if any(link.group == group for link in layer.inputs):
+                self._mask(layer)
+
+    def _mask(self, layer: Layer) -> None:
+        if layer.conv_groups != 1:  # depthwise: its readers are masked
+            return
+        mask = self._squeezes[layer.name].mask
+        alive = kept_mask(layer.inputs, layer.in_channels, self.kept)
+        mask.copy_(torch.from_numpy(alive).view_as(mask))
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        layer: Layer,
+        bits: int,
+        clip_O: torch.Tensor | None,
+        patches_PGD: torch.Tensor | None = None,
+    ) -> None:
+        """Gives a layer its bits. `patches_PGD`: what it reads, to see what that costs."""
+        squeeze, module = self._squeezes[layer.name], self._modules[layer.name]
+        squeeze.bits = bits
+        if clip_O is not None:
+            squeeze.clip_O.copy_(clip_O.to(squeeze.clip_O))
+        if patches_PGD is None:
+            return
+        out = kept_mask(layer.outputs, layer.out_channels, self.kept)
+        alive = torch.from_numpy(out).to(patches_PGD.device)
+        full = layer_outputs(patches_PGD, float_weight(module))[:, alive]
+        now = layer_outputs(patches_PGD, module.weight)[:, alive]  # type: ignore[arg-type]
+        self.unexplained[layer.name] = float(unexplained(full, now).mean())
+
+    @torch.no_grad()
+    def release(self) -> CutNetwork:
+        """The cut network, in eval mode, its weights on their quantizers' grids. `model` is plain
+        again, with the weights that it learned."""
+        for module in self._modules.values():
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        small = cut(self.model, self.network, self.kept).eval()
+        modules, scales = dict(small.named_modules()), {}
+        for name, layer in self.network.layers.items():
+            squeeze, weight = self._squeezes[name], modules[name].weight
+            assert isinstance(weight, torch.Tensor)
+            if squeeze.bits != FULL_PRECISION:
+                out = kept_mask(layer.outputs, layer.out_channels, self.kept)
+                clip_O = squeeze.clip_O[torch.from_numpy(out).to(weight.device)]
+                scales[name] = scale_of(weight, clip_O, squeeze.bits)
+                weight.copy_(fake_quantize(weight, scales[name], squeeze.bits))
+        return CutNetwork(small, scales)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values; the weights are in the model's own."""
+        return {
+            "ratios": dict(self.ratios),
+            "kept": {name: torch.from_numpy(mask.copy()) for name, mask in self.kept.items()},
+            "bits": {name: squeeze.bits for name, squeeze in self._squeezes.items()},
+            "clip": {name: squeeze.clip_O.clone() for name, squeeze in self._squeezes.items()},
+            "unexplained": dict(self.unexplained),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ratios, self.unexplained = dict(state["ratios"]), dict(state["unexplained"])
+        self.kept = {name: mask.numpy().copy() for name, mask in state["kept"].items()}
+        for name, squeeze in self._squeezes.items():
+            squeeze.bits = state["bits"][name]
+            squeeze.clip_O.copy_(state["clip"][name])
+            self._mask(self.network.layers[name])
+
+
+@torch.no_grad()
+def require_called(model: nn.Module, network: Network, example: torch.Tensor) -> None:
+    """Raises UserError for layers whose weight is used by other code than their module's call."""
+    modules = dict(model.named_modules())
+    called: set[str] = set()
+    hooks = [
+        modules[name].register_forward_hook(lambda *_, name=name: called.add(name))
+        for name in network.layers
+    ]
+    modes = [(module, module.training) for module in modules.values()]
+    model.eval()(example.to(next(model.parameters()).device))
+    for module, training in modes:
+        module.training = training
+    for hook in hooks:
+        hook.remove()
+    missing = [name for name in network.layers if name not in called]
+    if missing:
+        raise UserError(
+            *(f"{name}: its weight is read by other code than its module" for name in missing)
+        )
