@@ -50,6 +50,7 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_trials_differ_merge_and_go_on(tmp_path):
     write(tmp_path)
     done = command(tmp_path, "tune", "tiny")
