@@ -56,7 +56,8 @@ def finals(run: Workspace, name: str, records: Sequence[Record]) -> list[Record]
     path = run.folder / "search" / "finals.jsonl"
     known = {(line["inputs"], line["schedule"]): line["measurement"] for line in read_lines(path)}
     out: list[Record] = []
-    with JsonLines(path) as lines, stage(f"finals {name}", len(rungs) * len(left)) as shown:
+    done, total = 0, len(left) + -(-len(left) // 2)
+    with JsonLines(path) as lines, stage(f"finals {name}", total) as shown:
         for number, rung in enumerate(rungs, start=1):
             evaluators: list[Evaluator] = []
             measured, floor = [], 0.0
@@ -82,7 +83,8 @@ def finals(run: Workspace, name: str, records: Sequence[Record]) -> list[Record]
                 mean = Measurement.from_dict(known[key]["mean"])
                 floor = known[key]["dense"] - e.ticket.floor / 100
                 measured.append(replace(record, measurement=mean))
-                shown.update((number - 1) * len(left) + len(measured), f"{mean.accuracy:.1%}")
+                done += 1
+                shown.update(done, f"{mean.accuracy:.1%}")
             measured.sort(
                 key=lambda r: rank_at_floor(r.measurement.accuracy, floor, r.measurement.density),
                 reverse=True,

@@ -91,7 +91,7 @@ def test_the_target_is_met_by_the_file(digits16, tmp_path, close):
         close(small.model.eval()(images), back(images))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(choices=st.data(), seed=st.integers(0, 9))
 def test_masked_in_training_is_what_is_cut(net, close, choices, seed):
     model = copy.deepcopy(net.model)
