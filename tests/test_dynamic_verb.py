@@ -52,6 +52,9 @@ def test_one_training_run_leaves_a_ticket_and_is_not_repeated(tmp_path):
     model = load_artifact(weights, trust=["tests.toy:toy_network"])
     assert top1(model, digits(16).test) == ticket["ticket"]["accuracy"] > 0.8
     assert f"{ticket['ticket']['bytes']:,} bytes" in done.stdout
+    (listed,) = json.loads(command(tmp_path, "tickets", "--json").stdout)
+    assert (listed["id"], listed["arm"]) == (ticket["id"], "closed-loop")
+    assert listed["accuracy"] == ticket["ticket"]["accuracy"]
 
     written = weights.stat().st_mtime_ns
     again = command(tmp_path, "dynamic", "tiny")

@@ -17,7 +17,14 @@ from rlcompress.core.errors import UserError
 from rlcompress.live import console, noise_to
 from rlcompress.spec import Experiment
 from rlcompress.stages.check import check
-from rlcompress.stages.deliver import export, finish_tickets, last_lines, track, tracked
+from rlcompress.stages.deliver import (
+    export,
+    finish_tickets,
+    last_lines,
+    track,
+    tracked,
+    tracker_of,
+)
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.search import search_all
 from rlcompress.stages.ticket import make_tickets
@@ -110,6 +117,8 @@ class Run:
         with noise_to(w.log()):
             train_dense(w)
             ticket = dynamic.compress_in_training(w)
+            with tracker_of(w) as tracker:
+                tracker.log_ticket(w.folder / "dynamic", ticket)
         dynamic.last_lines(ticket, w)
 
     def export(self) -> None:

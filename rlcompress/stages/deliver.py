@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlcompress.core.artifact import folded, load_artifact, read_artifact
 from rlcompress.core.errors import UserError
@@ -14,6 +16,9 @@ from rlcompress.core.files import save_bytes, save_json
 from rlcompress.live import console
 from rlcompress.report.card import delivered, model_card
 from rlcompress.stages.workspace import Workspace
+
+if TYPE_CHECKING:
+    from rlcompress.tracking import Tracker
 
 #: Largest difference of accuracy (a share) between a ticket and its model.onnx.
 SAME_ACCURACY = 0.002
@@ -121,9 +126,11 @@ def tracked(run: Workspace) -> bool:
     )
 
 
-def track(run: Workspace) -> None:
-    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer."""
-    from rlcompress.tracking import Tracker, TrackingError, UnexportableError
+@contextlib.contextmanager
+def tracker_of(run: Workspace) -> Iterator[Tracker]:
+    """The run's tracker, whose parent run is finished behind. Raises UserError if MLflow does not
+    answer."""
+    from rlcompress.tracking import Tracker, TrackingError
 
     try:
         tracker = Tracker(
@@ -133,6 +140,19 @@ def track(run: Workspace) -> None:
             spec_hash=run.hash,
             uri=run.experiment.tracking.uri,
         )
+        yield tracker
+        tracker.finish()
+    except TrackingError as error:
+        raise UserError(
+            f"{error}", f"all results are in {run.folder}; the same command tries MLflow again"
+        ) from error
+
+
+def track(run: Workspace) -> None:
+    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer."""
+    from rlcompress.tracking import UnexportableError
+
+    with tracker_of(run) as tracker:
         tracker.log_dense(json.loads((run.folder / "dense" / "metrics.json").read_text()))
         tracker.log_archive(run.archive())
         tickets = run.tickets()
@@ -145,12 +165,7 @@ def track(run: Workspace) -> None:
         except UnexportableError as error:
             console.print(f"{error}; its files are logged, it is not in the registry")
         tracker.log_figures(run.folder / "report")
-        tracker.finish()
-        save_json(run.folder / "tracked.json", _state(run))
-    except TrackingError as error:
-        raise UserError(
-            f"{error}", f"all results are in {run.folder}; the same command tries MLflow again"
-        ) from error
+    save_json(run.folder / "tracked.json", _state(run))
 
 
 def last_lines(run: Workspace) -> None:

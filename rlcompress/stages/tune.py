@@ -16,6 +16,7 @@ from rlcompress.core.files import JsonLines, read_lines, save_json
 from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
 from rlcompress.live import console, stage
+from rlcompress.stages.deliver import tracker_of
 from rlcompress.stages.workspace import Workspace
 
 
@@ -147,23 +148,9 @@ def merged(trials: list[Trial]) -> list[Record]:
 
 def track_trials(run: Workspace, trials: list[Trial]) -> None:
     """A child run in MLflow for each trial. Raises UserError if it does not answer."""
-    from rlcompress.tracking import Tracker, TrackingError
-
-    try:
-        tracker = Tracker(
-            run.folder,
-            experiment=run.name,
-            spec=run.experiment.model_dump(mode="json"),
-            spec_hash=run.hash,
-            uri=run.experiment.tracking.uri,
-        )
+    with tracker_of(run) as tracker:
         for t in trials:
             tracker.log_trial(t.number, t.options, list(t.records.values()), t.hypervolume)
-        tracker.finish()
-    except TrackingError as error:
-        raise UserError(
-            f"{error}", f"all trials are in {run.folder}; the same command tries MLflow again"
-        ) from error
 
 
 def last_lines(run: Workspace, trials: list[Trial]) -> None:
