@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
+from envs.episodes import draw_target, observation_space
 from rlcompress.core.errors import UserError
-from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
+from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.schedule import Measurement
 from rlcompress.core.training import Trainer, Training
 
@@ -78,13 +79,7 @@ class DynamicCompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
             raise UserError(f"target = {list(target)}: at most {most:.1f} is possible")
         actions = len(compressor.keeps) * len(compressor.bits)
         self.action_space = gym.spaces.Discrete(actions)
-        self.observation_space = gym.spaces.Dict(
-            {
-                "actions": gym.spaces.Box(-50.0, 50.0, (actions, len(ACTION_COLUMNS)), np.float32),
-                "state": gym.spaces.Box(-50.0, 50.0, (len(STATE_COLUMNS),), np.float32),
-                "mask": gym.spaces.Box(0.0, 1.0, (actions,), np.float32),
-            }
-        )
+        self.observation_space = observation_space(actions)
         self._own_rng = None if seed is None else np.random.default_rng(seed)
         self._observed: dict[str, np.ndarray] | None = None
 
@@ -97,8 +92,7 @@ class DynamicCompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         super().reset(seed=seed)
         rng = self._own_rng if self._own_rng is not None else self.np_random
-        low, high = np.log(self.target_range)
-        target = float(np.exp(rng.uniform(low, high)))
+        target = draw_target(rng, self.target_range)
         if options and "target" in options:
             target = float(options["target"])
         self.trainer.begin(target, int(rng.integers(2**31)))

@@ -18,6 +18,23 @@ ERROR_FLOOR = 1e-4
 UNSHAKEN, SHAKEN_RUNGS = 0.25, 24
 
 
+def observation_space(actions: int) -> gym.spaces.Dict:
+    """Of every environment here, so that one policy plays them all."""
+    return gym.spaces.Dict(
+        {
+            "actions": gym.spaces.Box(-50.0, 50.0, (actions, len(ACTION_COLUMNS)), np.float32),
+            "state": gym.spaces.Box(-50.0, 50.0, (len(STATE_COLUMNS),), np.float32),
+            "mask": gym.spaces.Box(0.0, 1.0, (actions,), np.float32),
+        }
+    )
+
+
+def draw_target(rng: np.random.Generator, target: tuple[float, float]) -> float:
+    """A size ratio, log-uniformly from the range."""
+    low, high = np.log(target)
+    return float(np.exp(rng.uniform(low, high)))
+
+
 class Episodes:
     """N episodes of one problem. All have a step a layer, so they begin and end together.
 
@@ -48,18 +65,10 @@ class Episodes:
         self.shaping, self.gamma, self.explore = shaping, gamma, explore
         actions = len(self.observer.keep_A)
         self.action_space = gym.spaces.Discrete(actions)
-        self.observation_space = gym.spaces.Dict(
-            {
-                "actions": gym.spaces.Box(-50.0, 50.0, (actions, len(ACTION_COLUMNS)), np.float32),
-                "state": gym.spaces.Box(-50.0, 50.0, (len(STATE_COLUMNS),), np.float32),
-                "mask": gym.spaces.Box(0.0, 1.0, (actions,), np.float32),
-            }
-        )
+        self.observation_space = observation_space(actions)
 
     def draw(self, rng: np.random.Generator) -> float:
-        """A target, log-uniformly from the range."""
-        low, high = np.log(self.target_range)
-        return float(np.exp(rng.uniform(low, high)))
+        return draw_target(rng, self.target_range)
 
     def begin(self, target_N: np.ndarray, rng: np.random.Generator) -> None:
         """New episodes, one for each target. With `explore`, most begin with a prior on shaken

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.data import digits
 from rlcompress.core.train import top1
+from tests.shell import rlcompress
 
 EXPERIMENTS = """
 experiments:
@@ -24,19 +24,11 @@ experiments:
     ppo: {num_env_runners: 0, episodes_per_iteration: 2, epochs: 1, hidden: 8}
     dynamic: {target: 8, warmup: 21, watch: 10, recovery_steps: 3, final_steps: 60, batch_size: 32}
 """
-ROOT = Path(__file__).parents[1]
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     (folder / "experiments.yaml").write_text(EXPERIMENTS)
-    return subprocess.run(
-        [sys.executable, "-m", "rlcompress", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
-    )
+    return rlcompress(folder, *words, timeout=200)
 
 
 def test_one_training_run_leaves_a_ticket_and_is_not_repeated(tmp_path):

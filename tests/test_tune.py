@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ import yaml
 from rlcompress.core.files import read_lines
 from rlcompress.core.schedule import Record
 from rlcompress.spec import SpecError, load_experiments, resolve
+from tests.shell import rlcompress
 
-ROOT = Path(__file__).parents[1]
 TINY = {
     "model": {"factory": "tests.toy:toy_network"},
     "data": {"factory": "digits", "args": {"size": 16}},
@@ -38,14 +36,7 @@ def write(folder: Path, **changes) -> Path:
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rlcompress", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    return rlcompress(folder, *words, timeout=500)
 
 
 @pytest.mark.ray

@@ -14,20 +14,19 @@ from rlcompress.core.graph import Layer, Link, Network, kept_mask
 from rlcompress.core.reading import NORMS
 
 
+def most_important(importance_C: np.ndarray, count: int) -> np.ndarray:
+    """Mask (C,) of the `count` most important channels. Ties go to the lower channel, so equal
+    importance gives equal cuts everywhere."""
+    mask = np.zeros(len(importance_C), dtype=bool)
+    mask[np.argsort(-np.asarray(importance_C), kind="stable")[:count]] = True
+    return mask
+
+
 def kept_channels(
     network: Network, importance: Mapping[str, np.ndarray], counts: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    """Group -> mask (channels,) of its `counts` most important channels.
-
-    Ties go to the lower channel, so equal importance gives equal cuts everywhere.
-    """
-    kept = {}
-    for name, group in network.groups.items():
-        mask = np.zeros(group.channels, dtype=bool)
-        order = np.argsort(-np.asarray(importance[name]), kind="stable")
-        mask[order[: counts[name]]] = True
-        kept[name] = mask
-    return kept
+    """Group -> mask (channels,) of its `counts` most important channels; see `most_important`."""
+    return {name: most_important(importance[name], counts[name]) for name in network.groups}
 
 
 def _indices(links: Sequence[Link], size: int, kept: Mapping[str, np.ndarray]) -> torch.Tensor:

@@ -263,9 +263,9 @@ class Signals:
         for reader, link in pairs:
             if reader not in self._inputs:
                 continue
-            order = torch.from_numpy(link.index[np.argsort(link.root, kind="stable")])
-            columns = self._inputs[reader][:, order.to(self._inputs[reader].device)]
-            rows = columns.reshape(len(columns), channels, -1).transpose(1, 2).flatten(0, 1)
+            seen = self._inputs[reader]
+            a_NCP = root_activation(seen, link, channels, len(seen), convolution=False)
+            rows = a_NCP.transpose(1, 2).flatten(0, 1)
             rows = rows - rows.mean(0)
             square = (rows.T @ rows).cpu() / len(rows)
             total = square if total is None else total + square

@@ -15,13 +15,12 @@ from torch.nn.utils import parametrize
 from rlcompress.core.errors import UserError
 from rlcompress.core.fitted import CutNetwork
 from rlcompress.core.graph import Layer, Network, kept_mask
-from rlcompress.core.prune import cut
+from rlcompress.core.prune import cut, most_important
 from rlcompress.core.quant import (
     fake_quantize,
     float_weight,
     layer_outputs,
     max_code,
-    round_codes,
     scale_of,
     unexplained,
 )
@@ -82,10 +81,10 @@ class Squeeze(nn.Module):
         if self.bits == FULL_PRECISION:
             value, through = weight, weight
         else:
-            step = self.scale(weight).clamp_min(1e-12).view(-1, *[1] * (weight.dim() - 1))
-            top = max_code(self.bits)
-            value = round_codes(weight.detach() / step, self.bits) * step
-            through = torch.maximum(torch.minimum(weight, top * step), -top * step)
+            scale_O = self.scale(weight)
+            value = fake_quantize(weight.detach(), scale_O, self.bits)
+            top = (max_code(self.bits) * scale_O).view(-1, *[1] * (weight.dim() - 1))
+            through = torch.maximum(torch.minimum(weight, top), -top)
         return (value * self.mask).detach() + (through - through.detach())
 
 
@@ -120,10 +119,8 @@ class Squeezed:
 
     def cut(self, group: str, ratio: float, importance_C: np.ndarray) -> None:
         """Leaves a group its most important channels; of equal ones the first."""
-        alive = np.zeros(len(importance_C), dtype=bool)
-        order = np.argsort(-importance_C, kind="stable")
-        alive[order[: self.network.groups[group].count(ratio)]] = True
-        self.keep_channels(group, ratio, alive)
+        count = self.network.groups[group].count(ratio)
+        self.keep_channels(group, ratio, most_important(importance_C, count))
 
     def keep_channels(self, group: str, ratio: float, alive_C: np.ndarray) -> None:
         """Leaves a group these channels: masks what reads it."""

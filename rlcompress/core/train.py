@@ -65,6 +65,20 @@ def one_cycle(step: int, total: int) -> float:
     return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
 
 
+def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
+    """Nesterov momentum 0.9. Biases, batch norms and quantizer steps have no reason to be small:
+    they do not decay."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    return torch.optim.SGD(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=lr,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=weight_decay,
+    )
+
+
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
     """One step at learning rate `lr`, the gradient's norm held to 5."""
     for group in optimizer.param_groups:
@@ -160,16 +174,7 @@ def epochs(
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
-    # Biases, batch norms and quantizer steps have no reason to be small.
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.lr,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=recipe.weight_decay,
-    )
+    optimizer = sgd(model, recipe.lr, recipe.weight_decay)
     start, curve = 0, []
     if resume is not None:
         resume.restore(model, optimizer)

@@ -10,6 +10,7 @@ Arrays are NumPy's, so that Ray hands all processes of a node one copy.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from rlcompress.core.measure import compare
 from rlcompress.core.problem import pick_device
 from rlcompress.core.schedule import BITS, KEEPS, Measurement, Schedule
 from rlcompress.core.squeeze import Pace
-from rlcompress.core.train import descend, logits_of, one_cycle
+from rlcompress.core.train import descend, logits_of, one_cycle, sgd
 
 
 @dataclass(frozen=True)
@@ -121,23 +122,12 @@ class Trainer:
             seed=training.seed,
             network=training.network,
         )
-        self._optimizer = self._new_optimizer()
+        self._optimizer = sgd(self.model, training.lr, training.weight_decay)
         self._generator = torch.Generator().manual_seed(training.seed)
         self.step, self.loss = 0, float("nan")
         self._branch: dict[str, Any] | None = None
         known = training.dense_logits
         self._dense_logits = None if known is None else torch.tensor(known)
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
-        return torch.optim.SGD(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-            lr=self.training.lr,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=self.training.weight_decay,
-        )
 
     # --- one episode -------------------------------------------------------------------------
 
@@ -187,17 +177,13 @@ class Trainer:
     def dense_logits(self) -> torch.Tensor:
         """(N, classes) of the uncompressed training; it is trained when first asked for."""
         if self._dense_logits is None:
-            state = self.state_dict()
             dense = Trainer(self.training)
-            dense.compressor.signals.close()
-            dense.compressor.pace = Pace(warmup=dense.training.steps + 1, watch=2)
-            while dense.step < self.training.steps:
-                dense.minibatch()
+            dense.compressor.freeze()
+            dense.advance()
             self._dense_logits = logits_of(dense.model, self.validation)
-            self.load_state_dict(state)
         return self._dense_logits
 
-    @property
+    @functools.cached_property
     def dense(self) -> Measurement:
         """The uncompressed training's end."""
         logits = self.dense_logits()
@@ -220,7 +206,6 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self._optimizer = self._new_optimizer()
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.compressor.load_state_dict(state["compressor"])
         self._generator.set_state(state["generator"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,12 +15,16 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rlcompress.core.errors import UserError
 from rlcompress.core.policy import Policy, PolicyShape
+from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.environment import RECORDS, CompressionCallbacks
 from rlcompress.rl.module import PolicyModule
 from rlcompress.schema import PPOSpec
 
 #: Iterations without a finished episode before it gives up.
 MOST_IDLE = 5
+
+#: RLlib's result, and what the episodes sent.
+Iteration = tuple[Mapping[str, Any], list[dict[str, Any]]]
 
 
 def episodes_of(ppo: PPOSpec, most: int) -> int:
@@ -135,16 +141,40 @@ def curve_row(
     return row
 
 
-class Idle:
-    """Raises UserError after `MOST_IDLE` iterations in a row without an episode."""
+@contextlib.contextmanager
+def playing(settings: PPOConfig) -> Iterator[tuple[PPO, Callable[[], Iteration]]]:
+    """A built algorithm, stopped in the end, and what plays its next iteration: RLlib's result and
+    `records_of` it. That raises UserError after `MOST_IDLE` iterations in a row without an episode.
+    """
+    algorithm, idle = settings.build_algo(), 0
 
-    def __init__(self) -> None:
-        self._count = 0
-
-    def see(self, rows: list[dict[str, Any]]) -> None:
-        self._count = 0 if rows else self._count + 1
-        if self._count == MOST_IDLE:
+    def iteration() -> Iteration:
+        nonlocal idle
+        result = algorithm.train()
+        rows = records_of(result)
+        idle = 0 if rows else idle + 1
+        if idle == MOST_IDLE:
             raise UserError(
                 f"ppo: the env runners ended no episode in {MOST_IDLE} iterations; their "
                 "messages are in /tmp/ray/session_latest/logs"
             )
+        return result, rows
+
+    try:
+        yield algorithm, iteration
+    finally:
+        algorithm.stop()
+        with contextlib.suppress(OSError):
+            os.rmdir(algorithm.logdir)  # of nobody's use, empty, in ~/ray_results
+
+
+def record_of(info: Mapping[str, Any], seed: int, evaluation: int) -> Record:
+    """An archive's line from what an episode sent."""
+    return Record(
+        Schedule.from_json(info["schedule"]),
+        Measurement.from_dict(info["measurement"]),
+        "ppo",
+        seed,
+        evaluation,
+        float(info["target"]),
+    )

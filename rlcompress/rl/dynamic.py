@@ -14,10 +14,18 @@ from ray.tune.registry import register_env
 
 from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.policy import Policy, load_policy, save_policy
-from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.core.schedule import Record
 from rlcompress.core.training import Training
 from rlcompress.rl.cluster import start_ray
-from rlcompress.rl.config import Idle, arrays, config, curve_row, episodes_of, records_of, trained
+from rlcompress.rl.config import (
+    arrays,
+    config,
+    curve_row,
+    episodes_of,
+    playing,
+    record_of,
+    trained,
+)
 from rlcompress.rl.play import environment_options, policy_shape
 from rlcompress.schema import PPOSpec
 
@@ -67,7 +75,7 @@ def train(
         policy, _ = load_policy(begin, OBSERVATION_VERSION)
         shape = policy.shape
     batch = episodes_of(ppo, episodes)
-    algorithm = config(
+    algorithm_config = config(
         ppo,
         shape,
         arrays(policy),
@@ -77,26 +85,15 @@ def train(
         steps=training.pace.rounds * len(training.network.layers),
         episodes=batch,
         seed=seed,
-    ).build_algo()
-    count, idle = 0, Idle()
-    try:
+    )
+    count = 0
+    with playing(algorithm_config) as (algorithm, iteration):
         while count + batch <= episodes:
-            result = algorithm.train()
-            rows = records_of(result)
+            result, rows = iteration()
             for info in rows:
                 count += 1
-                yield Record(
-                    Schedule.from_json(info["schedule"]),
-                    Measurement.from_dict(info["measurement"]),
-                    "ppo",
-                    seed,
-                    count,
-                    float(info["target"]),
-                )
-            idle.see(rows)
+                yield record_of(info, seed, count)
             about = {"episodes": count, "seed": seed, **environment_options(ppo)}
             save_policy(folder, trained(algorithm, shape), about)
             if rows:
                 on_iteration(curve_row(result, rows, "ppo", count))
-    finally:
-        algorithm.stop()

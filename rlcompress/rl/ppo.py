@@ -8,8 +8,6 @@ are the trained policy's best guesses over the sizes.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,17 @@ from ray.tune.registry import register_env
 
 from rlcompress.core.policy import Policy, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
-from rlcompress.core.schedule import Measurement, Record, Schedule
+from rlcompress.core.schedule import Record
 from rlcompress.rl.cluster import share, start_ray
-from rlcompress.rl.config import Idle, arrays, config, curve_row, episodes_of, records_of, trained
+from rlcompress.rl.config import (
+    arrays,
+    config,
+    curve_row,
+    episodes_of,
+    playing,
+    record_of,
+    trained,
+)
 from rlcompress.rl.environment import make
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape
 from rlcompress.rl.pool import Pool
@@ -70,14 +76,7 @@ def search(
     def record(info: dict[str, Any]) -> Record:
         nonlocal count
         count += 1
-        return Record(
-            Schedule.from_json(info["schedule"]),
-            Measurement.from_dict(info["measurement"]),
-            "ppo",
-            settings.seed,
-            count,
-            float(info["target"]),
-        )
+        return record_of(info, settings.seed, count)
 
     policy = Policy(shape)
     if resumed:
@@ -90,7 +89,7 @@ def search(
         start_ray(ppo)
         register_env(REGISTERED, make)
         options = {"target": settings.target, **environment_options(ppo)}
-        algorithm = config(
+        algorithm_config = config(
             ppo,
             shape,
             arrays(policy) if resumed else None,
@@ -106,25 +105,18 @@ def search(
             episodes=batch,
             # `count` tells restarts apart.
             seed=settings.seed + 1000 * count,
-        ).build_algo()
-        idle = Idle()
-        try:
+        )
+        with playing(algorithm_config) as (algorithm, iteration):
             while count + batch <= end:
-                result = algorithm.train()
-                rows = records_of(result)
+                result, rows = iteration()
                 for info in rows:
                     if count < total:
                         yield record(info)
-                idle.see(rows)
                 policy = trained(algorithm, shape)
                 about = {"evaluations": count, "seed": settings.seed, **environment_options(ppo)}
                 save_policy(folder, policy, about)
                 if rows:
                     on_iteration(curve_row(result, rows, "ppo", count))
-        finally:
-            algorithm.stop()
-            with contextlib.suppress(OSError):
-                os.rmdir(algorithm.logdir)  # of nobody's use, empty, in ~/ray_results
     policy.eval()
     begin = min(count, end)
     wanted = targets(settings, total - begin)[count - begin :]

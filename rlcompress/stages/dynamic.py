@@ -51,12 +51,11 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
         ticket: dict[str, Any] = json.loads(path.read_text())
         if ticket["inputs"] == run.dynamic_inputs():
             return ticket
-        run.set_aside(folder)
     training = training_of(run)
     trainer = Trainer(training)
     compressor = trainer.compressor
     compressor.require_reachable(d.target)
-    folder.mkdir(parents=True, exist_ok=True)
+    run.claim(folder, run.dynamic_inputs())
     policy = _policy(run, training, folder)
     compressor.use(policy)
     trainer.begin(d.target, run.experiment.seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
 from rlcompress.live import console, stage
 from rlcompress.stages.deliver import tracker_of
-from rlcompress.stages.workspace import Workspace
+from rlcompress.stages.workspace import Workspace, cores
 
 
 @dataclass
@@ -58,7 +57,7 @@ def tune(run: Workspace) -> list[Trial]:
     from rlcompress.rl import tune as engine
 
     wanted = 1 + e.tune.runners
-    cluster.start_ray(e.ppo.model_copy(update={"num_env_runners": max(wanted, _cores())}))
+    cluster.start_ray(e.ppo.model_copy(update={"num_env_runners": max(wanted, cores())}))
     if engine.cpus() < wanted:
         raise UserError(
             f"tune.runners = {e.tune.runners}: a trial needs {wanted} CPUs, Ray has "
@@ -107,10 +106,6 @@ def tune(run: Workspace) -> list[Trial]:
         [{"options": t.options, "hypervolume": t.hypervolume} for t in trials.values()],
     )
     return list(trials.values())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
 def _said(options: Mapping[str, Any]) -> str:

@@ -34,10 +34,15 @@ MEASUREMENTS = "3"
 DENSE_INPUTS = ("model", "data", "dense", "seed")
 
 
+def cores() -> int:
+    """That this process may use; 1 where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
 def default_threads() -> int:
     """Half the cores: the layers are small, and on few cores a second thread costs more in
     waiting than it brings (5.8 s against 20 s for the estimates on two)."""
-    return max(1, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
+    return max(1, cores() // 2)
 
 
 class Workspace:

@@ -111,7 +111,7 @@ class Tracker:
         params = {f"dense.{name}": metrics[name] for name in ("inputs", "seed")}
         self._log_params(self.parent_id, params)
         values = _measured("dense.", metrics["validation"]) | {"dense.seconds": metrics["seconds"]}
-        self._log_metrics(self.parent_id, _curve("dense", metrics["curve"]), values)
+        self._log_metrics(self.parent_id, _curve("dense/", metrics["curve"]), values)
 
     @_clear
     def log_archive(self, records: Sequence[Record]) -> None:
@@ -172,7 +172,9 @@ class Tracker:
         self._log_params(child, params)
         for arm in (ticket["arm"], *ticket["controls"]):
             self._log_arm(child, ticket, arm)
-        curves = [row for arm, points in ticket["curves"].items() for row in _curve(arm, points)]
+        curves = [
+            row for arm, points in ticket["curves"].items() for row in _curve(f"{arm}/", points)
+        ]
         self._log_metrics(child, curves, _ticket_values(ticket))
         self.client.log_artifacts(child, str(folder))
         self.client.log_dict(child, ticket["schedule"], "schedule.json")
@@ -193,10 +195,7 @@ class Tracker:
         values = _measured("", measured)
         if arm in ticket["validation"]:
             values["validation_accuracy_last"] = ticket["validation"][arm]
-        points = ticket["curves"].get(arm, [])
-        names = ("loss", "validation_accuracy")
-        rows = [(name, int(point["step"]), point[name]) for point in points for name in names]
-        self._log_metrics(run, rows, values)
+        self._log_metrics(run, _curve("", ticket["curves"].get(arm, [])), values)
         self.client.set_terminated(run, "FINISHED")
 
     @_clear
@@ -385,7 +384,7 @@ def _measured(prefix: str, measurement: Mapping[str, Any]) -> dict[str, float]:
 
 def _curve(prefix: str, points: Iterable[Mapping[str, Any]]) -> list[Row]:
     names = ("loss", "validation_accuracy")
-    return [(f"{prefix}/{name}", int(p["step"]), p[name]) for p in points for name in names]
+    return [(f"{prefix}{name}", int(p["step"]), p[name]) for p in points for name in names]
 
 
 def _ticket_values(ticket: Plain) -> dict[str, float]:
