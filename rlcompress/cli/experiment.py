@@ -1,0 +1,136 @@
+"""The verbs on an experiment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlcompress.cli.app import app
+from rlcompress.cli.options import FILE, File, Out, Sets, experiment_verb, open_run
+from rlcompress.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rlcompress.stages import Run
+
+
+@app.command()
+def check(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[EXPERIMENT]", help="A name that `ls` lists.")
+    ] = None,
+    file: File = FILE,
+    sets: Sets = None,
+    out: Out = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="PKG.MOD:FACTORY", help="A network alone, without data."),
+    ] = None,
+    shape: Annotated[
+        str, typer.Option("--input", metavar="C,H,W", help="With --model: shape of one image.")
+    ] = "3,224,224",
+    classes: Annotated[
+        int, typer.Option("--classes", metavar="N", min=1, help="With --model: its num_classes.")
+    ] = 10,
+) -> None:
+    """Print the layers and groups, one evaluation, and the time to expect. Starts no Ray.
+
+    \b
+    rlcompress check quickstart
+    rlcompress check --model torchvision.models:resnet18 --input 3,224,224
+    """
+    if (name is None) == (model is None):
+        raise UserError("check wants an EXPERIMENT or --model PKG.MOD:FACTORY, one of the two")
+    if model is None:
+        assert name is not None
+        return open_run(name, file, sets, out).check()
+    from rlcompress import spec
+
+    alone = spec.resolve_alone(model, shape, classes)
+    from rlcompress.stages.check import check_model
+
+    check_model(alone.model, alone.input, alone.classes)
+
+
+@app.command()
+@experiment_verb(fresh=True, shorts=["searcher"])
+def run(run: Run) -> None:
+    """Run all stages: dense, search, ticket, export, report. Goes on where it stopped.
+
+    \b
+    rlcompress run quickstart
+    rlcompress run quickstart --searcher knapsack --out runs/quickstart-knapsack
+    rlcompress run quickstart --set search.episodes=50 --fresh
+    """
+    run.run()
+
+
+@app.command()
+@experiment_verb(fresh=True, shorts=["searcher", "sensitivity"])
+def search(run: Run) -> None:
+    """Train the dense network if need be, then search for schedules.
+
+    \b
+    rlcompress search quickstart
+    rlcompress search quickstart --searcher random --out runs/quickstart-random
+    rlcompress search quickstart --searcher knapsack --sensitivity refitted
+    """
+    run.search()
+
+
+@app.command()
+@experiment_verb(shorts=["searcher"])
+def ticket(run: Run) -> None:
+    """Retrain the best schedules into tickets, with their controls.
+
+    \b
+    rlcompress ticket quickstart
+    rlcompress ticket quickstart --set ticket.top=3 --set ticket.floor=0.5
+    """
+    run.ticket()
+
+
+@app.command()
+@experiment_verb()
+def tune(run: Run) -> None:
+    """Search PPO's reward and settings with Ray Tune; one front of all trials.
+
+    \b
+    rlcompress tune quickstart --set tune.trials=8
+    """
+    run.tune()
+
+
+@app.command()
+@experiment_verb()
+def dynamic(run: Run) -> None:
+    """Compress the network during one training run, with the policy in the loop.
+
+    \b
+    rlcompress dynamic quickstart
+    rlcompress dynamic quickstart --set dynamic.target=40 --set dynamic.policy_episodes=16
+    """
+    run.dynamic()
+
+
+@app.command()
+@experiment_verb(shorts=["searcher"])
+def export(run: Run) -> None:
+    """Write tickets at the size they claim: packed weights, ONNX.
+
+    \b
+    rlcompress export quickstart
+    rlcompress export quickstart --set export.onnx=false
+    """
+    run.export()
+
+
+@app.command()
+@experiment_verb(shorts=["searcher"])
+def report(run: Run) -> None:
+    """Draw the figures and write report/index.html.
+
+    \b
+    rlcompress report quickstart
+    """
+    run.report()

@@ -1,0 +1,135 @@
+"""What verbs on an experiment share: their options, and the run they open.
+
+Everything but typer is imported inside a verb, so that `--help` is instant and a mistake in
+an experiment is told before torch, ray or mlflow load.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlcompress.core.errors import UserError
+
+if TYPE_CHECKING:
+    from rlcompress.stages import Run
+
+Name = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A name that `ls` lists.")]
+File = Annotated[Path, typer.Option("--file", metavar="PATH", help="The experiments file.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override an option; may be repeated."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The run folder.  [default: runs/EXPERIMENT]"),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over; the old run folder moves to DIR.1, DIR.2, …")
+]
+_SHORTS: dict[str, Any] = {
+    "searcher": typer.Option(
+        "--searcher", metavar="NAME", help="Short for --set search.searcher=NAME."
+    ),
+    "sensitivity": typer.Option(
+        "--sensitivity",
+        metavar="KIND",
+        help="estimated, measured or refitted: short for --set search.sensitivity=KIND.",
+    ),
+}
+FILE = Path("experiments.yaml")
+
+
+def open_run(
+    name: str,
+    file: Path,
+    sets: Sequence[str] | None,
+    out: Path | None,
+    *,
+    shorts: Mapping[str, str | None] | None = None,
+    fresh: bool = False,
+) -> Run:
+    """Validate first; only then load torch, and touch the disk."""
+    from rlcompress import spec
+
+    given = {short: value for short, value in (shorts or {}).items() if value}
+    overrides = [*(sets or ()), *(f"search.{short}={value}" for short, value in given.items())]
+    experiment = spec.resolve(spec.load_experiments(file), name, overrides)
+    words = [] if file == FILE else ["--file", str(file)]
+    # A short option as --set: every verb takes that.
+    words += [word for text in overrides for word in ("--set", text)]
+    words += ["--out", str(out)] if out else []
+    folder = out or Path("runs") / name
+    _check_folder(folder)
+    if fresh:
+        _move_aside(folder)
+
+    from rlcompress import stages
+
+    return stages.Run(name, experiment, folder, words)
+
+
+def _check_folder(folder: Path) -> None:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder}: {there} is a file; name another folder with --out DIR")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: {there} cannot be written; name another with --out DIR")
+
+
+def _move_aside(folder: Path) -> None:
+    folder = folder.resolve()
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "spec.yaml").exists():
+        raise UserError(
+            f"{folder}: not a run folder (no spec.yaml in it), so --fresh does not move it;"
+            " name another with --out DIR"
+        )
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    typer.echo(f"the old run is now in {aside}", err=True)
+
+
+def experiment_verb(
+    *, fresh: bool = False, shorts: Sequence[str] = ()
+) -> Callable[[Callable[[Run], None]], Callable[..., None]]:
+    """A verb that takes a run becomes one that takes the command line's options for it:
+    EXPERIMENT, --file, --set, --out, --fresh where starting over is meant, and the short
+    options named."""
+
+    def decorate(verb: Callable[[Run], None]) -> Callable[..., None]:
+        @functools.wraps(verb)
+        def command(**given: Any) -> None:
+            names = {short: given.pop(short) for short in shorts}
+            verb(open_run(**given, shorts=names))
+
+        options: dict[str, tuple[Any, Any]] = {
+            "name": (Name, inspect.Parameter.empty),
+            "file": (File, FILE),
+            "sets": (Sets, None),
+            "out": (Out, None),
+            **({"fresh": (Fresh, False)} if fresh else {}),
+            **{short: (Annotated[str | None, _SHORTS[short]], None) for short in shorts},
+        }
+        # typer reads a command's options from its signature.
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                inspect.Parameter(
+                    key, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default
+                )
+                for key, (kind, default) in options.items()
+            ]
+        )
+        command.__annotations__ = {key: kind for key, (kind, _) in options.items()}
+        return command
+
+    return decorate

@@ -1,0 +1,69 @@
+"""The verbs that need no experiment: what there is, and where it would run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import typer
+
+from rlcompress import __version__
+from rlcompress.cli.app import app
+from rlcompress.cli.options import FILE, File
+
+
+@app.command("ls")
+def ls_(file: File = FILE) -> None:
+    """List the experiments, and the run folders that exist.
+
+    \b
+    rlcompress ls
+    rlcompress ls --file my-experiments.yaml
+    """
+    from rlcompress import spec
+
+    experiments = spec.load_experiments(file)
+    width = max((len(name) for name in experiments.experiments), default=0)
+    for name in experiments.experiments:
+        try:
+            text = spec.resolve(experiments, name).description
+        except spec.SpecError as error:
+            count = len(error.lines)
+            text = f"[{count} problem{'s' * (count > 1)}: rlcompress check {name}]"
+        folder = Path("runs") / name
+        note = f"  [{folder}]" if folder.is_dir() else ""
+        typer.echo(f"{name:<{width}}  {text}{note}".rstrip())
+
+
+@app.command()
+def env() -> None:
+    """Print versions, cores, memory and GPUs: what a bug report needs.
+
+    \b
+    rlcompress env
+    """
+    rows = [("python", platform.python_version()), ("rlcompress", __version__)]
+    for package in ("torch", "ray", "mlflow"):
+        try:
+            rows.append((package, version(package)))
+        except PackageNotFoundError:
+            rows.append((package, "not installed"))
+    affinity = getattr(os, "sched_getaffinity", None)
+    rows.append(("cores", str(len(affinity(0)) if affinity else os.cpu_count())))
+    rows.append(("memory", _gib(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))))
+    rows += [("gpu", gpu) for gpu in _gpus() or ["none"]]
+    for key, value in rows:
+        typer.echo(f"{key:<11} {value}")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{gpu.name}, {_gib(gpu.total_memory)}" for gpu in found]

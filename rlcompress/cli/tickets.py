@@ -1,0 +1,57 @@
+"""`rlcompress tickets`: what MLflow holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rlcompress.cli.app import app
+
+tickets_app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(tickets_app, name="tickets")
+
+Uri = Annotated[
+    str | None,
+    typer.Option(
+        "--uri",
+        metavar="URI",
+        help="MLflow's tracking URI.  [default: MLFLOW_TRACKING_URI, else runs/*/mlflow.db]",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@tickets_app.callback()
+def tickets(ctx: typer.Context, uri: Uri = None, as_json: AsJson = False) -> None:
+    """List the tickets that MLflow holds: bytes, accuracy, density, controls.
+
+    \b
+    rlcompress tickets
+    rlcompress tickets show ppo-1a2b3c4d
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from rlcompress.stages.listing import list_tickets
+
+    list_tickets(uri, as_json=as_json)
+
+
+@tickets_app.command("show")
+def tickets_show(
+    name: Annotated[str, typer.Argument(metavar="ID", help="Its id, or how it begins.")],
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print one ticket: figures, controls, what it came from, its schedule.
+
+    \b
+    rlcompress tickets show ppo-1a2b3c4d
+    """
+    from rlcompress.stages.listing import print_ticket
+
+    print_ticket(name, uri, as_json=as_json)
