@@ -5,6 +5,7 @@ from gymnasium import register, registry
 
 ID = "rlcompress/Compression-v0"
 DYNAMIC_ID = "rlcompress/DynamicCompression-v0"
+ZOO_ID = "rlcompress/Zoo-v0"
 
 if ID not in registry:
     register(
@@ -20,3 +21,6 @@ if DYNAMIC_ID not in registry:
         entry_point="envs.dynamic:DynamicCompressionEnv",
         disable_env_checker=True,
     )
+
+if ZOO_ID not in registry:
+    register(id=ZOO_ID, entry_point="envs.zoo:ZooEnv", disable_env_checker=True)

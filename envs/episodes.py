@@ -82,12 +82,12 @@ class Episodes:
         self.target_N = target_N
         self._prefixes: list[Prefix] = [self.problem.evaluator.begin()]
         self._which_N = np.zeros(count, dtype=np.int64)
-        self._progress = self.observer.start(count)
+        self.progress = self.observer.start(count)
         self._potential_N = np.zeros(count)
         self._observe()
 
     def _observe(self) -> None:
-        self.observation = self.observer.observe(self._progress, self.target_N)
+        self.observation = self.observer.observe(self.progress, self.target_N)
         self._legal_NA = self.observation["mask"] > 0
 
     def step(self, actions_N: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
@@ -102,15 +102,15 @@ class Episodes:
                 raise ValueError(f"action {action} is illegal here (its mask is 0)")
         self._advance(actions_N)
         unexplained_NT = np.array([p.unexplained for p in self._prefixes])[self._which_N]
-        self._progress = self.observer.decide(self._progress, actions_N, unexplained_NT)
+        self.progress = self.observer.decide(self.progress, actions_N, unexplained_NT)
         before_N, layers = self._potential_N, len(self.observer.layers)
-        if self._progress.step < layers:
+        if self.progress.step < layers:
             self._potential_N = -self.shaping * unexplained_NT.sum(1) / layers
             self._observe()
             return self.gamma * self._potential_N - before_N, []
         evaluator = self.problem.evaluator
         measured = [evaluator.finish(prefix) for prefix in self._prefixes]
-        schedules = self.observer.schedules(self._progress)
+        schedules = self.observer.schedules(self.progress)
         infos = [
             {"schedule": schedule.to_json(), "measurement": measured[i].to_dict(), "target": target}
             for schedule, i, target in zip(
@@ -122,7 +122,7 @@ class Episodes:
 
     def _advance(self, actions_N: np.ndarray) -> None:
         observer, problem = self.observer, self.problem
-        effect_N = observer.effect_LA[self._progress.step, actions_N]
+        effect_N = observer.effect_LA[self.progress.step, actions_N]
         actions = len(observer.keep_A)
         codes, self._which_N = np.unique(self._which_N * actions + effect_N, return_inverse=True)
         self._prefixes = [

@@ -29,11 +29,17 @@ from pydantic import (
 from rlcompress.core.errors import did_you_mean
 from rlcompress.core.schedule import ARMS, BITS, EVERY_ARM, KEEPS, RECOVERIES, parse_recovery
 
-MODELS = ("vgg19", "mobilenetv2", "resnet18")
+MODELS = (
+    *("vgg11", "vgg16", "vgg19", "mobilenetv1", "mobilenetv2"),
+    *("resnet18", "resnet20", "resnet56", "squeezenet", "cnn"),
+)
 DATASETS = ("digits", "fashion_mnist", "cifar10")
 Searcher = Literal[
-    "ppo", "untrained", "knapsack", "local", "evolution", "taylor", "random", "uniform"
+    "ppo", "transfer", "untrained", "knapsack", "local", "evolution", "taylor", "random", "uniform"
 ]
+
+#: Of an experiment or a network: also the name of a folder.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 # What a run may change without invalidating its results: where it runs and what it is called.
 _UNHASHED: Any = {
@@ -122,7 +128,7 @@ class ModelSpec(_Section):
     """The network to compress."""
 
     factory: Annotated[str, _factory(MODELS)] = Field(
-        description='vgg19, mobilenetv2, resnet18, or "package.module:function"'
+        description=f'{", ".join(MODELS)}, or "package.module:function"'
     )
     args: dict[str, JsonValue] = Field({}, description="keyword arguments of the factory")
 
@@ -232,6 +238,12 @@ class SearchSpec(_Section):
         "estimated",
         description="what knapsack and local solve on: estimates, or one choice at a time measured "
         "with half of the episodes, after batch norms or with readers refitted",
+    )
+    policy: str = Field(
+        "none",
+        min_length=1,
+        description="whom transfer plays and ppo begins with: default (comes with rlcompress), "
+        "none, a run folder, or NAME@ALIAS in MLflow",
     )
     clip: Literal["auto", "kl", "mse"] = Field("auto", description="rule for the clipping range")
     cache_mb: int = Field(256, ge=0, description="bound of the activation cache, MiB a process")
@@ -388,6 +400,35 @@ class DynamicSpec(_Section):
         return watch
 
 
+class ZooNetwork(_Section):
+    """A network that the policy learns on."""
+
+    model: ModelSpec = Field(description="its factory and arguments")
+    data: DataSpec = Field(description="the data it is trained on")
+
+
+class ZooSpec(_Section):
+    """Networks of `rlcompress train-policy`, and what the policy learns of them. The experiment's
+    own network is not among them: the policy is judged on it."""
+
+    networks: dict[Annotated[str, Field(pattern=NAME)], ZooNetwork] = Field(
+        {}, description="name -> model and data"
+    )
+    target: Annotated[tuple[float, float], Field(strict=False), AfterValidator(_size_range)] = (
+        Field((4.0, 100.0), description="size ratios; of each network those that it can reach")
+    )
+    probes: int = Field(
+        64, ge=1, description="evaluations a network for its sensitivities, readers refitted"
+    )
+    lessons: int = Field(
+        16, ge=2, description="episodes a network, of which each step is a lesson to clone"
+    )
+    clone_epochs: int = Field(60, ge=0, description="passes over the lessons; 0 = PPO alone")
+    clone_lr: float = Field(3e-3, gt=0, description="peak learning rate of cloning")
+    ppo_episodes: int = Field(0, ge=0, description="episodes that PPO plays over the zoo")
+    held: int = Field(4, ge=1, description="networks that a worker keeps ready")
+
+
 class ExportSpec(_Section):
     """Files a ticket is written to."""
 
@@ -427,6 +468,7 @@ class Experiment(_Section):
     ppo: PPOSpec = Field(PPOSpec(), description="the policy and how it learns")
     ticket: TicketSpec = Field(TicketSpec(), description="retraining of the best schedules")
     dynamic: DynamicSpec = Field(DynamicSpec(), description="compression during training")
+    zoo: ZooSpec = Field(ZooSpec(), description="networks of `rlcompress train-policy`")
     tune: TuneSpec = Field(TuneSpec(), description="trials of `rlcompress tune`")
     export: ExportSpec = Field(ExportSpec(), description="files a ticket is written to")
     tracking: TrackingSpec = Field(TrackingSpec(), description="where MLflow keeps its records")

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_bytes
 from rlcompress.schema import (
+    NAME,
     Alone,
     CalibrationSpec,
     DataSpec,
@@ -70,8 +71,7 @@ class SpecError(UserError):
 
 # A blank `quickstart:` is a mapping without keys, not a mistake.
 _blank = BeforeValidator(lambda value: {} if value is None else value)
-# A name is also the name of a folder.
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_Name = Annotated[str, Field(pattern=NAME)]
 
 
 class _Entry(BaseModel):

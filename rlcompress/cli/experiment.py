@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlcompress.cli.app import app
-from rlcompress.cli.options import FILE, File, Out, Sets, experiment_verb, open_run
+from rlcompress.cli.options import FILE, File, Name, Out, Sets, experiment_verb, open_run
 from rlcompress.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,3 +134,48 @@ def report(run: Run) -> None:
     rlcompress report quickstart
     """
     run.report()
+
+
+@app.command("train-policy")
+@experiment_verb()
+def train_policy(run: Run) -> None:
+    """Train one policy on the networks of `zoo`, for networks it never saw.
+
+    \b
+    rlcompress train-policy zoo
+    rlcompress train-policy zoo --set zoo.ppo_episodes=400 --set ppo.num_env_runners=8
+    """
+    run.train_policy()
+
+
+@app.command()
+def transfer(
+    name: Name,
+    policy: Annotated[
+        str,
+        typer.Option(
+            "--policy",
+            metavar="RUN_OR_ALIAS",
+            help="A run folder, NAME@ALIAS in MLflow's registry, or default.",
+        ),
+    ] = "default",
+    evaluations: Annotated[
+        int,
+        typer.Option("--evaluations", metavar="N", min=1, help="Schedules to measure in all."),
+    ] = 10,
+    file: File = FILE,
+    sets: Sets = None,
+    out: Out = None,
+) -> None:
+    """Compress an experiment's network with a policy trained on others: one episode a size, then
+    local search with what evaluations are left.
+
+    \b
+    rlcompress transfer quickstart
+    rlcompress transfer quickstart --policy runs/zoo --evaluations 25
+    rlcompress transfer quickstart --policy rlcompress-policy@champion
+    """
+    given = {"searcher": "transfer", "policy": policy, "episodes": str(evaluations)}
+    # Behind them what --set says, which wins.
+    shorts = [f"search.{key}={value}" for key, value in given.items()]
+    open_run(name, file, [*shorts, "search.baselines=[]", *(sets or ())], out).transfer()

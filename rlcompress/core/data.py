@@ -122,8 +122,9 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape).copy()
 
 
-def fashion_mnist(root: str | None = None, size: int = 32) -> Data:
-    """Fashion-MNIST (Xiao et al., 2017), zero-padded to `size`: 55,000 / 5,000 / 10,000.
+def fashion_mnist(root: str | None = None, size: int = 32, train_images: int | None = None) -> Data:
+    """Fashion-MNIST (Xiao et al., 2017), zero-padded to `size`: 55,000 (or the first
+    `train_images` of them) / 5,000 / 10,000.
 
     `root` is a folder with the four gzipped idx files; by default Debian's
     `dataset-fashion-mnist`, else torchvision's download into `data/`.
@@ -144,7 +145,8 @@ def fashion_mnist(root: str | None = None, size: int = 32) -> Data:
         raise UserError(f"data size = {size}: Fashion-MNIST has 28 pixels; allowed: 28 or more")
     around = (pad // 2, pad - pad // 2, pad // 2, pad - pad // 2)
     both = [(F.pad(images, around).unsqueeze(1), labels) for images, labels in parts]
-    validation, train = _splits(*both[0], (5000,))
+    validation, (images_NCHW, labels_N) = _splits(*both[0], (5000,))
+    train = images_NCHW[:train_images].clone(), labels_N[:train_images].clone()
     return _data(train, validation, both[1], 10)
 
 

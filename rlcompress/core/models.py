@@ -1,9 +1,9 @@
 """The networks rlcompress ships, and how a user's own is found by `"pkg.mod:factory"`.
 
-All are torchvision's architectures with three arguments added where small images need them:
-`width` (multiplier of every channel count), `stem_stride` (stride of the first convolution)
-and `in_channels`. torchvision takes seconds to import, in every process: only the networks that
-are taken from it load it.
+Torchvision's architectures with three arguments added where small images need them, and those of
+`small_models`, which are made for such images: `width` (multiplier of every channel count),
+`stem_stride` (stride of the first convolution) and `in_channels`. torchvision takes seconds to
+import, in every process: only the networks that are taken from it load it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from rlcompress.core import small_models
 from rlcompress.core.attention import plain_attention
 from rlcompress.core.errors import UserError
 
-#: Output channels of VGG-19's convolutions (Simonyan & Zisserman, 2015, table 1, column E); M is
-#: a pooling.
-VGG19 = (
-    *(64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M"),
-    *(512, 512, 512, 512, "M", 512, 512, 512, 512, "M"),
-)
+#: Convolutions of each of VGG's five stages (Simonyan & Zisserman, 2015, table 1: A, D, E), and
+#: their output channels; a pooling ends each stage.
+VGG_STAGES = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+VGG_CHANNELS = (64, 128, 256, 512, 512)
 
 
 class VGG(nn.Module):
-    """VGG-19 with batch norms (Simonyan & Zisserman, 2015) and a single linear head.
+    """A VGG with batch norms (Simonyan & Zisserman, 2015) and a single linear head.
 
-    torchvision's convolutions (configuration E); global average pooling and one Linear
-    in place of the three 4096-wide ones, as is usual for 32 x 32 images.
+    torchvision's convolutions; global average pooling and one Linear in place of the three
+    4096-wide ones, as is usual for 32 x 32 images.
     """
 
     def __init__(self, features: nn.Sequential, channels: int, num_classes: int) -> None:
@@ -63,23 +62,40 @@ def _replace_stem(stem: nn.Conv2d, in_channels: int, stride: int) -> nn.Conv2d:
     return new
 
 
+def _vgg(layers: int, num_classes: int, in_channels: int, width: float, stride: int) -> nn.Module:
+    features: list[nn.Module] = []
+    channels = in_channels
+    for count, wide in zip(VGG_STAGES[layers], VGG_CHANNELS, strict=True):
+        for _ in range(count):
+            before, channels = channels, max(1, round(wide * width))
+            conv = nn.Conv2d(before, channels, 3, stride=stride, padding=1)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(cast(nn.Parameter, conv.bias))
+            features += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+            stride = 1
+        features.append(nn.MaxPool2d(2, 2))
+    return VGG(nn.Sequential(*features), channels, num_classes)
+
+
+def vgg11(
+    num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
+) -> nn.Module:
+    """VGG-11-BN at `width` times torchvision's channels."""
+    return _vgg(11, num_classes, in_channels, width, stem_stride)
+
+
+def vgg16(
+    num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
+) -> nn.Module:
+    """VGG-16-BN, likewise."""
+    return _vgg(16, num_classes, in_channels, width, stem_stride)
+
+
 def vgg19(
     num_classes: int = 10, in_channels: int = 3, width: float = 1.0, stem_stride: int = 1
 ) -> nn.Module:
-    """VGG-19-BN at `width` times torchvision's channels."""
-    features: list[nn.Module] = []
-    channels, stride = in_channels, stem_stride
-    for out in VGG19:
-        if isinstance(out, str):
-            features.append(nn.MaxPool2d(2, 2))
-            continue
-        before, channels = channels, max(1, round(out * width))
-        conv = nn.Conv2d(before, channels, 3, stride=stride, padding=1)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(cast(nn.Parameter, conv.bias))
-        features += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-        stride = 1
-    return VGG(nn.Sequential(*features), channels, num_classes)
+    """VGG-19-BN, likewise."""
+    return _vgg(19, num_classes, in_channels, width, stem_stride)
 
 
 def mobilenetv2(
@@ -123,9 +139,16 @@ def resnet18(
 
 
 BUILT_IN: Mapping[str, Callable[..., nn.Module]] = {
+    "vgg11": vgg11,
+    "vgg16": vgg16,
     "vgg19": vgg19,
+    "mobilenetv1": small_models.mobilenetv1,
     "mobilenetv2": mobilenetv2,
     "resnet18": resnet18,
+    "resnet20": small_models.resnet20,
+    "resnet56": small_models.resnet56,
+    "squeezenet": small_models.squeezenet,
+    "cnn": small_models.cnn,
 }
 
 

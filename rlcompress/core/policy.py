@@ -24,6 +24,8 @@ from rlcompress.core.files import save_json
 from rlcompress.core.tensors import load_tensors, save_tensors
 
 ILLEGAL = -1e9
+#: The folder of the policy that comes with this package.
+DEFAULT = Path(__file__).parents[1] / "policies" / "default"
 
 
 @dataclass(frozen=True)

@@ -178,3 +178,21 @@ def make_bundle(
         seed=seed,
         device=device,
     )
+
+
+@dataclass(frozen=True)
+class Member:
+    """A network of the zoo that a policy learns on.
+
+    target    smallest and largest size ratio
+    ratios, qualities  what an episode is expected to pay at some size ratios (ascending); between
+              them linearly in the ratio's logarithm
+    """
+
+    name: str
+    target: tuple[float, float]
+    ratios: tuple[float, ...] = (1.0,)
+    qualities: tuple[float, ...] = (0.0,)
+
+    def expected(self, target: float) -> float:
+        return float(np.interp(np.log(target), np.log(self.ratios), self.qualities))

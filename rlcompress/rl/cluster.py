@@ -65,11 +65,12 @@ def share(bundle: Bundle) -> Any:
     return _shared[id(bundle)][1]
 
 
-def problem_of(reference: Any) -> Problem:
-    """The problem that this process has built of a shared bundle, or builds now. It keeps only
-    one: the evaluator's cache is bounded, a list of evaluators is not."""
+def problem_of(reference: Any, held: int = 1) -> Problem:
+    """The problem that this process has built of a shared bundle, or builds now. It keeps the
+    `held` last used: an evaluator's cache is bounded, a list of evaluators is not."""
     key = reference.hex()
-    if key not in _problems:
-        _problems.clear()
-        _problems[key] = ray.get(reference).problem()
-    return _problems[key]
+    problem = _problems.pop(key, None) or ray.get(reference).problem()
+    _problems[key] = problem
+    while len(_problems) > held:
+        _problems.pop(next(iter(_problems)))
+    return problem

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.policy import Policy, PolicyShape
+from rlcompress.core.policy import Policy, PolicyShape, save_policy
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.environment import RECORDS, CompressionCallbacks
 from rlcompress.rl.module import PolicyModule
@@ -45,11 +46,13 @@ def config(
     steps: int,
     episodes: int,
     seed: int,
+    whole: bool = False,
 ) -> PPOConfig:
-    """PPO on a registered environment whose maker returns N episodes in lockstep.
+    """PPO on a registered environment whose maker returns N episodes.
 
     weights   a policy's state dict as arrays, to start from;  spaces  an environment like it
     steps     of an episode;  episodes  of an iteration (see `episodes_of`)
+    whole     episodes differ in length, by `steps` on average: an iteration ends with an episode
     """
     runners = max(1, ppo.num_env_runners)
     lanes = runners * ppo.num_envs_per_env_runner
@@ -71,6 +74,7 @@ def config(
             num_gpus_per_env_runner=ppo.num_gpus_per_env_runner,
             gym_env_vectorize_mode="vector_entry_point",
             rollout_fragment_length=fragment,
+            batch_mode="complete_episodes" if whole else "truncate_episodes",
             sample_timeout_s=None,
         )
         .learners(num_learners=0)
@@ -166,6 +170,29 @@ def playing(settings: PPOConfig) -> Iterator[tuple[PPO, Callable[[], Iteration]]
         algorithm.stop()
         with contextlib.suppress(OSError):
             os.rmdir(algorithm.logdir)  # of nobody's use, empty, in ~/ray_results
+
+
+def learn(
+    settings: PPOConfig,
+    shape: PolicyShape,
+    *,
+    episodes: int,
+    batch: int,
+    folder: Path,
+    about: Mapping[str, Any],
+    on_iteration: Callable[[dict[str, Any]], None],
+) -> Iterator[dict[str, Any]]:
+    """Plays `episodes` in iterations of `batch` and yields what each sent. After each iteration the
+    policy is saved in `folder` and `on_iteration` gets a row of the learning curve."""
+    count = 0
+    with playing(settings) as (algorithm, iteration):
+        while count + batch <= episodes:
+            result, rows = iteration()
+            count += len(rows)
+            yield from rows
+            save_policy(folder, trained(algorithm, shape), {"episodes": count, **about})
+            if rows:
+                on_iteration(curve_row(result, rows, "ppo", count))
 
 
 def record_of(info: Mapping[str, Any], seed: int, evaluation: int) -> Record:

@@ -13,19 +13,11 @@ import torch
 from ray.tune.registry import register_env
 
 from rlcompress.core.observation import OBSERVATION_VERSION
-from rlcompress.core.policy import Policy, load_policy, save_policy
+from rlcompress.core.policy import Policy, load_policy
 from rlcompress.core.schedule import Record
 from rlcompress.core.training import Training
 from rlcompress.rl.cluster import start_ray
-from rlcompress.rl.config import (
-    arrays,
-    config,
-    curve_row,
-    episodes_of,
-    playing,
-    record_of,
-    trained,
-)
+from rlcompress.rl.config import arrays, config, episodes_of, learn, record_of
 from rlcompress.rl.play import environment_options, policy_shape
 from rlcompress.schema import PPOSpec
 
@@ -86,14 +78,14 @@ def train(
         episodes=batch,
         seed=seed,
     )
-    count = 0
-    with playing(algorithm_config) as (algorithm, iteration):
-        while count + batch <= episodes:
-            result, rows = iteration()
-            for info in rows:
-                count += 1
-                yield record_of(info, seed, count)
-            about = {"episodes": count, "seed": seed, **environment_options(ppo)}
-            save_policy(folder, trained(algorithm, shape), about)
-            if rows:
-                on_iteration(curve_row(result, rows, "ppo", count))
+    rows = learn(
+        algorithm_config,
+        shape,
+        episodes=episodes,
+        batch=batch,
+        folder=folder,
+        about={"seed": seed, **environment_options(ppo)},
+        on_iteration=on_iteration,
+    )
+    for count, info in enumerate(rows, start=1):
+        yield record_of(info, seed, count)

@@ -65,6 +65,7 @@ class CompressionCallbacks(RLlibCallback):
         metrics_logger.log_value(
             RECORDS,
             {
+                **({"network": info["network"]} if "network" in info else {}),
                 "schedule": info["schedule"],
                 "measurement": info["measurement"],
                 "target": info["target"],

@@ -47,11 +47,13 @@ def search(
     *,
     ppo: PPOSpec,
     folder: Path,
+    begin: Path | None = None,
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[Record]:
     """Trains and yields every measured schedule. Goes on behind `history` with the policy last
     saved in `folder` (`policy.safetensors`), which is written after every iteration.
 
+    begin         folder of the policy to start from, in place of the untrained one
     on_iteration  gets a row of the learning curve: evaluation, mean_return, entropy, loss
     """
     problem.require_reachable(settings.target)
@@ -78,12 +80,11 @@ def search(
         count += 1
         return record_of(info, settings.seed, count)
 
-    policy = Policy(shape)
-    if resumed:
-        policy, _ = load_policy(folder, shape.observation_version)
-    untrained, guesses = Policy(shape), targets(settings, first - len(spent))
+    known = folder if resumed else begin
+    policy = load_policy(known, shape.observation_version)[0] if known else Policy(shape)
+    shape, guesses = policy.shape, targets(settings, first - len(spent))
     while count < first:
-        yield record(greedy(untrained, env, guesses[count - len(spent)]))
+        yield record(greedy(policy, env, guesses[count - len(spent)]))
 
     if count + batch <= end:
         start_ray(ppo)
@@ -92,7 +93,7 @@ def search(
         algorithm_config = config(
             ppo,
             shape,
-            arrays(policy) if resumed else None,
+            arrays(policy) if known else None,
             environment=REGISTERED,
             env_config={
                 "bundle": share(bundle),
@@ -118,8 +119,8 @@ def search(
                 if rows:
                     on_iteration(curve_row(result, rows, "ppo", count))
     policy.eval()
-    begin = min(count, end)
-    wanted = targets(settings, total - begin)[count - begin :]
+    trained_by = min(count, end)
+    wanted = targets(settings, total - trained_by)[count - trained_by :]
     if ppo.num_env_runners and wanted:
         start_ray(ppo)
         options = {"target": settings.target, **environment_options(ppo)}

@@ -56,23 +56,69 @@ def _starts(problem: Problem, losses: Losses, wanted: Sequence[float]) -> list[S
     return [program.solve(size) or prior.schedule(size) for size in sizes]
 
 
-def _anneal(problem: Problem, settings: Settings, losses: Losses) -> Batches:
-    def score(measurement: Measurement) -> float:
-        return float(np.log10(max(measurement.error(problem.score), FLOOR)))
+def refine(
+    name: str,
+    problem: Problem,
+    settings: Settings,
+    history: Sequence[Record],
+    measure: Measure,
+    known: int,
+) -> Iterator[Record]:
+    """The same for the searcher `name`, from the best of the first `known` records instead of the
+    knapsack's answers; moves go by the estimates."""
+    begun = [(r.schedule, r.measurement) for r in history[:known]]
 
-    genes, rng = Genes(problem), np.random.default_rng(settings.seed)
+    def batches() -> Batches:
+        starts = []
+        for target in _sizes(settings):
+            limit = problem.dense.bytes / target
+            fitting = [pair for pair in begun if pair[1].bytes <= limit]
+            # A chain that nothing fits begins at what is nearest.
+            starts.append(
+                min(fitting, key=lambda pair: pair[1].error(problem.score))
+                if fitting
+                else min(begun, key=lambda pair: pair[1].bytes)
+            )
+        yield from _chains(problem, settings, problem.prior.losses, starts)
+
+    yield from measured_in_batches(name, settings, history, measure, batches(), before=known)
+
+
+def _sizes(settings: Settings) -> list[float]:
+    """The chains' size ratios, in the order that they propose in."""
     sizes = targets(settings, CHAINS)
-    wanted = [sizes[i] for i in spread_order(CHAINS)]
-    limits = [problem.dense.bytes / target for target in wanted]
+    return [sizes[i] for i in spread_order(CHAINS)]
+
+
+def _anneal(problem: Problem, settings: Settings, losses: Losses) -> Batches:
+    wanted = _sizes(settings)
     starts = _starts(problem, losses, wanted)
-    chains = [genes.of(schedule) for schedule in starts]
     # Neighbouring sizes may have one answer.
     first: dict[Schedule, float] = {}
     for schedule, target in zip(starts, wanted, strict=True):
         first[schedule] = max(target, first.get(schedule, target))
     found = yield list(first.items())
-    score_of = dict(zip(first, map(score, found), strict=True))
-    scores = [score_of[schedule] for schedule in starts]
+    measured_of = dict(zip(first, found, strict=True))
+    begun = [(schedule, measured_of[schedule]) for schedule in starts]
+    yield from _chains(problem, settings, losses, begun)
+
+
+def _chains(
+    problem: Problem,
+    settings: Settings,
+    losses: Losses,
+    starts: Sequence[tuple[Schedule, Measurement]],
+) -> Batches:
+    """A chain from each start, one for each of `_sizes`."""
+
+    def score(measurement: Measurement) -> float:
+        return float(np.log10(max(measurement.error(problem.score), FLOOR)))
+
+    genes, rng = Genes(problem), np.random.default_rng(settings.seed)
+    wanted = _sizes(settings)
+    limits = [problem.dense.bytes / target for target in wanted]
+    chains = [genes.of(schedule) for schedule, _ in starts]
+    scores = [score(measurement) for _, measurement in starts]
     seen = {start.tobytes() for start in chains}
     while True:
         proposals: dict[int, np.ndarray] = {}

@@ -26,7 +26,7 @@ from rlcompress.stages.deliver import (
     tracker_of,
 )
 from rlcompress.stages.dense import train_dense
-from rlcompress.stages.search import search_all
+from rlcompress.stages.search import print_front, search_all
 from rlcompress.stages.ticket import make_tickets
 from rlcompress.stages.workspace import Workspace
 
@@ -107,6 +107,27 @@ class Run:
             trials = tune.tune(w)
             tune.track_trials(w, trials)
         tune.last_lines(w, trials)
+
+    def transfer(self) -> None:
+        """A search by a policy from elsewhere, and its front on the terminal."""
+        w = self.workspace
+        w.begin()
+        with noise_to(w.log()):
+            train_dense(w)
+            search_all(w)
+        print_front(w, "transfer")
+        console.print(f"next     {w.next('ticket')}")
+
+    def train_policy(self) -> None:
+        """A policy for other networks, beside the stages of `run`."""
+        w = self.workspace
+        from rlcompress.stages import zoo
+
+        zoo.members(w)
+        w.begin()
+        with noise_to(w.log()):
+            about = zoo.train_policy(w)
+        zoo.last_lines(w, about)
 
     def dynamic(self) -> None:
         """Compression during training, beside the stages of `run`."""

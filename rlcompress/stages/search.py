@@ -6,23 +6,35 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.table import Table
+
 from rlcompress import searchers
+from rlcompress.core.errors import UserError
 from rlcompress.core.files import JsonLines, save_json
 from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
 from rlcompress.live import console, stage
 from rlcompress.searchers import Settings
 from rlcompress.stages.describe import notes
+from rlcompress.stages.policies import begin_with, find_policy
 from rlcompress.stages.workspace import Workspace
+
+#: Searchers that play `search.policy`.
+PLAYED = {"ppo", "transfer"}
 
 
 def search_all(run: Workspace) -> list[Record]:
     """Every searcher of the experiment, up to its evaluations; the whole archive."""
     e, folder = run.experiment, run.folder / "search"
-    run.claim(folder, run.search_inputs())
     own = e.search.episodes
     budgets = dict.fromkeys(e.search.baselines, e.search.baseline_episodes or own)
     budgets[e.search.searcher] = own
+    policy = find_policy(run) if budgets.keys() & PLAYED else None
+    if policy is None and "transfer" in budgets:
+        raise UserError("search.policy = none: transfer plays one; --set search.policy=default")
+    run.claim(folder, run.search_inputs())
+    for name in budgets.keys() & PLAYED:
+        begin_with(run, name, policy)
     records = run.archive()
     # The searcher first: Ray's first workers, warm by now, can become PPO's actors.
     for name in dict.fromkeys([e.search.searcher, *e.search.baselines]):
@@ -31,7 +43,7 @@ def search_all(run: Workspace) -> list[Record]:
         if finished.exists() and json.loads(finished.read_text()) >= budgets[name]:
             continue
         if len(mine) < budgets[name]:
-            _search_with(run, name, budgets[name], mine, records)
+            _search_with(run, name, budgets[name], mine, records, policy)
         # A searcher may have fewer proposals than evaluations; that is not to be tried again.
         save_json(finished, budgets[name])
     if not (folder / "layers.json").exists():
@@ -59,7 +71,12 @@ def _describe_problem(run: Workspace, folder: Path) -> None:
 
 
 def _search_with(
-    run: Workspace, name: str, budget: int, history: list[Record], records: list[Record]
+    run: Workspace,
+    name: str,
+    budget: int,
+    history: list[Record],
+    records: list[Record],
+    policy: Path | None,
 ) -> None:
     e, folder = run.experiment, run.folder / "search"
     settings = Settings(budget, e.search.target, e.seed, e.search.sensitivity)
@@ -76,7 +93,7 @@ def _search_with(
         stage(f"search {name}", budget) as shown,
     ):
         done = list(history)
-        for record in _records(run, name, settings, history, curve):
+        for record in _records(run, name, settings, history, curve, policy):
             archive.append(record.to_json())
             done.append(record)
             best = best_at_floor(done, floor)
@@ -95,7 +112,12 @@ def _search_with(
 
 
 def _records(
-    run: Workspace, name: str, settings: Settings, history: Sequence[Record], curve: JsonLines
+    run: Workspace,
+    name: str,
+    settings: Settings,
+    history: Sequence[Record],
+    curve: JsonLines,
+    policy: Path | None,
 ) -> Iterator[Record]:
     e = run.experiment.ppo
     if name == "untrained":
@@ -109,6 +131,11 @@ def _records(
 
             cluster.start_ray(e)
             measure = pool.Pool(run.bundle, e.num_env_runners, e.num_gpus_per_env_runner).measure
+        if name == "transfer":
+            from rlcompress.rl import transfer
+
+            assert policy is not None
+            return transfer.search(run.problem, settings, history, measure, ppo=e, folder=policy)
         return searchers.find(name)(run.problem, settings, history, measure)
     from rlcompress.rl import ppo
 
@@ -119,5 +146,23 @@ def _records(
         history,
         ppo=e,
         folder=run.folder / "search" / "policy",
+        begin=policy,
         on_iteration=lambda row: curve.append(json.dumps(row)),
     )
+
+
+def print_front(run: Workspace, name: str) -> None:
+    """A searcher's front as a table, the smallest network first."""
+    table, dense = Table(box=None), run.problem.dense
+    for column in ("bytes", "times fewer", "accuracy", "to dense", "KL"):
+        table.add_column(column, justify="right")
+    for record in archive_front(r for r in run.archive() if r.searcher == name):
+        m = record.measurement
+        table.add_row(
+            f"{m.bytes:,}",
+            f"{dense.bytes / m.bytes:.1f}",
+            f"{m.accuracy:.1%}",
+            f"{100 * (m.accuracy - dense.accuracy):+.1f}",
+            f"{m.kl:.4f}",
+        )
+    console.print(table)

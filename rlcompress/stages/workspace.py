@@ -103,7 +103,8 @@ class Workspace:
     def search_inputs(self) -> str:
         """All that gives a measurement or a proposal its meaning; not how many there are."""
         # Without defaults: a new option orphans no old search.
-        counts = {"episodes", "baseline_episodes", "finalists", "cache_mb"}
+        # Whose policy a searcher began with is noted beside its records.
+        counts = {"episodes", "baseline_episodes", "finalists", "cache_mb", "policy"}
         counted = {*counts, "searcher", "baselines"}
         search = self.experiment.search
         rest = search.model_dump(mode="json", exclude=counted, exclude_defaults=True)

@@ -12,16 +12,20 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 from rlcompress.tracking.listing import Found, find_tickets, show_ticket, stores
+from rlcompress.tracking.policies import POLICY, fetch_policy, register_policy
 from rlcompress.tracking.store import TrackingError, UnexportableError, prepare
 from rlcompress.tracking.tracker import Tracker
 
 __all__ = [
+    "POLICY",
     "Found",
     "Tracker",
     "TrackingError",
     "UnexportableError",
+    "fetch_policy",
     "find_tickets",
     "prepare",
+    "register_policy",
     "show_ticket",
     "stores",
 ]

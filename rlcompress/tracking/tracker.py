@@ -32,6 +32,7 @@ from rlcompress.core.errors import first_line
 from rlcompress.core.files import save_json
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.schedule import Measurement, Record
+from rlcompress.tracking.champion import crown
 from rlcompress.tracking.graph import save_pt2
 from rlcompress.tracking.store import (
     TrackingError,
@@ -50,7 +51,7 @@ Plain = Mapping[str, Any]  # the content of a JSON or YAML file
 Row = tuple[str, int, float]  # metric, step, value
 
 
-def _clear(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate[Tracker, P], T]:
+def clear(method: Callable[Concatenate[Tracker, P], T]) -> Callable[Concatenate[Tracker, P], T]:
     """Turn what MLflow, its database or its server raise into one `TrackingError`."""
 
     @functools.wraps(method)
@@ -77,7 +78,7 @@ class Tracker:
     Every method, this one included, raises TrackingError when MLflow does not answer.
     """
 
-    @_clear
+    @clear
     def __init__(
         self, run: Path, *, experiment: str, spec: Plain, spec_hash: str, uri: str | None = None
     ) -> None:
@@ -102,18 +103,18 @@ class Tracker:
         self.parent_id = self._find_or_create(tags, experiment)
         self.client.update_run(self.parent_id, status="RUNNING")
         params = {"experiment": experiment, "spec_hash": spec_hash, **_flat(spec)}
-        self._log_params(self.parent_id, params)
+        self.log_params(self.parent_id, params)
         self.client.log_dict(self.parent_id, dict(spec), "spec.yaml")
 
-    @_clear
+    @clear
     def log_dense(self, metrics: Plain) -> None:
         """Log `dense/metrics.json`: its curve by step, its last measurement, seed and inputs."""
         params = {f"dense.{name}": metrics[name] for name in ("inputs", "seed")}
-        self._log_params(self.parent_id, params)
+        self.log_params(self.parent_id, params)
         values = _measured("dense.", metrics["validation"]) | {"dense.seconds": metrics["seconds"]}
         self._log_metrics(self.parent_id, _curve("dense/", metrics["curve"]), values)
 
-    @_clear
+    @clear
     def log_archive(self, records: Sequence[Record]) -> None:
         """Log the records that MLflow does not have, by step = evaluation.
 
@@ -140,15 +141,13 @@ class Tracker:
                     rows.append((f"{searcher}/best_density", step, best))
         self._log_metrics(self.parent_id, rows)
 
-    @_clear
+    @clear
     def log_trial(
         self, number: int, options: Plain, records: Sequence[Record], hypervolume: float
     ) -> None:
         """Log a trial of `tune` as a child run: its options, its records by step = evaluation."""
-        tags = {**self._tags, "rlcompress.role": "trial", "rlcompress.trial": json.dumps(options)}
-        name = f"trial {number}"
-        run = self._find_or_create(tags, name, **{"mlflow.parentRunId": self.parent_id})
-        self._log_params(run, options)
+        run = self.child("trial", f"trial {number}", {"rlcompress.trial": json.dumps(options)})
+        self.log_params(run, options)
         rows = [
             (name, record.evaluation, getattr(record.measurement, name))
             for record in sorted(records, key=lambda r: r.evaluation)
@@ -157,7 +156,7 @@ class Tracker:
         self._log_metrics(run, rows, {"hypervolume": hypervolume})
         self.client.set_terminated(run, "FINISHED")
 
-    @_clear
+    @clear
     def log_ticket(self, folder: Path, ticket: Plain) -> None:
         """Log a ticket as a child run: params, metrics, curves and files.
 
@@ -169,7 +168,7 @@ class Tracker:
             return
         names = ("id", "searcher", "arm", "seed", "spec_hash", "target", "split")
         params = {name: ticket[name] for name in names} | dict(ticket.get("lineage", {}))
-        self._log_params(child, params)
+        self.log_params(child, params)
         for arm in (ticket["arm"], *ticket["controls"]):
             self._log_arm(child, ticket, arm)
         curves = [
@@ -183,22 +182,17 @@ class Tracker:
 
     def _log_arm(self, child: str, ticket: Plain, arm: str) -> None:
         """An arm as a child run of its ticket's: its curve, and its measurement on test."""
-        tags = {
-            **self._tags,
-            "rlcompress.role": "arm",
-            "rlcompress.ticket": str(ticket["id"]),
-            "rlcompress.arm": arm,
-        }
-        run = self._find_or_create(tags, arm, **{"mlflow.parentRunId": child})
+        tags = {"rlcompress.ticket": str(ticket["id"]), "rlcompress.arm": arm}
+        run = self.child("arm", arm, tags, parent=child)
         measured = ticket["ticket"] if arm == ticket["arm"] else ticket["controls"][arm]
-        self._log_params(run, {"arm": arm, "ticket": ticket["id"], "seed": ticket["seed"]})
+        self.log_params(run, {"arm": arm, "ticket": ticket["id"], "seed": ticket["seed"]})
         values = _measured("", measured)
         if arm in ticket["validation"]:
             values["validation_accuracy_last"] = ticket["validation"][arm]
         self._log_metrics(run, _curve("", ticket["curves"].get(arm, [])), values)
         self.client.set_terminated(run, "FINISHED")
 
-    @_clear
+    @clear
     def register(self, ticket: Plain, model: torch.nn.Module, example_input: torch.Tensor) -> str:
         """Register a logged ticket's model as a version of rlcompress-<experiment>; the version.
 
@@ -230,16 +224,24 @@ class Tracker:
             source = logged.artifact_location  # models:/<id> would be looked up at the global URI
             ids = {"run_id": child, "model_id": logged.model_id}
             found = [self.client.create_model_version(self.name, source, tags=tags, **ids)]
-        self._crown()
+        crown(
+            self.client,
+            self.name,
+            "rlcompress.density",
+            lambda tags: (
+                tags["rlcompress.at_floor"] == "True",
+                float(tags["rlcompress.density"]),
+            ),
+        )
         return str(found[0].version)
 
-    @_clear
+    @clear
     def log_figures(self, folder: Path) -> None:
         """Log the report's PNG files and index.html as the parent's artifacts, in report/."""
         for path in sorted([*folder.glob("*.png"), *folder.glob("index.html")]):
             self.client.log_artifact(self.parent_id, str(path), "report")
 
-    @_clear
+    @clear
     def finish(self, status: str = "FINISHED") -> None:
         """End the parent as FINISHED, FAILED or KILLED; a child that was cut short is FAILED.
 
@@ -281,12 +283,18 @@ class Tracker:
             found = [self.client.create_run(self.experiment_id, tags=every, run_name=name)]
         return str(found[0].info.run_id)
 
-    def _child(self, ticket: Plain) -> str:
-        tags = {**self._tags, "rlcompress.role": "ticket", "rlcompress.ticket": str(ticket["id"])}
-        name = f"ticket {ticket['id']}"
-        return self._find_or_create(tags, name, **{"mlflow.parentRunId": self.parent_id})
+    def child(self, role: str, name: str, tags: Mapping[str, str], parent: str = "") -> str:
+        """The run of this role and these tags under the parent run (or another), made if need
+        be; its id."""
+        every = {**self._tags, "rlcompress.role": role, **tags}
+        under = {"mlflow.parentRunId": parent or self.parent_id}
+        return self._find_or_create(every, name, **under)
 
-    def _log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
+    def _child(self, ticket: Plain) -> str:
+        tags = {"rlcompress.ticket": str(ticket["id"])}
+        return self.child("ticket", f"ticket {ticket['id']}", tags)
+
+    def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         known = self.client.get_run(run_id).data.params
         rows = [Param(k, str(v)) for k, v in params.items() if k not in known]
         for i in range(0, len(rows), _PARAMS_PER_BATCH):
@@ -335,28 +343,6 @@ class Tracker:
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.log_outputs(child, [LoggedModelOutput(logged.model_id, step=0)])
         return self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-
-    def _crown(self) -> None:
-        """Gives the alias to the best version. MLflow cannot compare and set at once, so it looks
-        again until the alias is where it belongs: whoever sets it last has seen all versions."""
-        while True:
-            aliases = self.client.get_registered_model(self.name).aliases
-            now = aliases.get("champion")
-            ranks = {
-                str(version.version): (
-                    version.tags["rlcompress.at_floor"] == "True",
-                    float(version.tags["rlcompress.density"]),
-                )
-                for version in self.client.search_model_versions(f"name = '{self.name}'")
-                if "rlcompress.density" in version.tags
-            }
-            if now is not None and str(now) not in ranks:
-                return  # somebody's own choice, by hand
-            # Of equals the first stays.
-            best = max(ranks, key=lambda v: (*ranks[v], -int(v)))
-            if now is not None and ranks[str(now)] >= ranks[best]:
-                return
-            self.client.set_registered_model_alias(self.name, "champion", best)
 
 
 def _run_id(path: Path) -> str:

@@ -1,0 +1,99 @@
+"""PPO over a zoo: every episode compresses a network that its worker draws."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import ray
+import torch
+from ray.tune.registry import register_env
+
+from rlcompress.core.policy import Policy
+from rlcompress.core.problem import Bundle, Member
+from rlcompress.rl.cluster import problem_of, start_ray
+from rlcompress.rl.config import arrays, config, episodes_of, learn
+from rlcompress.rl.play import environment_options
+from rlcompress.schema import PPOSpec
+
+ZOO_ENVIRONMENT = "envs:rlcompress/Zoo-v0"
+REGISTERED = "rlcompress-zoo-environment"
+
+
+def make(context: Mapping[str, Any]) -> gym.vector.VectorEnv[Any, Any, Any]:
+    """A runner's environments. `context` is RLlib's `env_config`: `members`; `bundles`, their
+    object references; `held`, see `problem_of`; `threads`; `actions`; `options`, the other
+    arguments of the environment; `num_envs`."""
+    torch.set_num_threads(context["threads"])
+    problems = {
+        name: functools.partial(problem_of, reference, context["held"])
+        for name, reference in context["bundles"].items()
+    }
+
+    def one() -> gym.Env[Any, Any]:
+        env: gym.Env[Any, Any] = gym.make(
+            ZOO_ENVIRONMENT,
+            members=context["members"],
+            problems=problems,
+            actions=context["actions"],
+            **context["options"],
+        )
+        return env
+
+    return gym.vector.SyncVectorEnv([one] * context["num_envs"])
+
+
+def train(
+    members: Sequence[Member],
+    bundles: Sequence[Bundle],
+    policy: Policy,
+    ppo: PPOSpec,
+    *,
+    episodes: int,
+    held: int,
+    seed: int,
+    folder: Path,
+    on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> Iterator[dict[str, Any]]:
+    """Goes on with `policy` for some episodes and yields what each found: network, schedule,
+    measurement, target, return. The policy is saved in `folder` after every iteration."""
+    start_ray(ppo)
+    register_env(REGISTERED, make)
+    first = bundles[0].estimates
+    actions = len(first.keeps) * len(first.bits)
+    options = {**environment_options(ppo), "explore": ppo.explore}
+    spaces = gym.make(ZOO_ENVIRONMENT, members=[], problems={}, actions=actions, **options)
+    batch = episodes_of(ppo, episodes)
+    references = {m.name: ray.put(b) for m, b in zip(members, bundles, strict=True)}
+    layers = [len(bundle.network.layers) for bundle in bundles]
+    settings = config(
+        ppo,
+        policy.shape,
+        arrays(policy),
+        environment=REGISTERED,
+        env_config={
+            "members": list(members),
+            "bundles": references,
+            "held": held,
+            "actions": actions,
+            "seed": [seed, 0],
+            "options": options,
+        },
+        spaces=spaces,
+        steps=round(sum(layers) / len(layers)),
+        episodes=batch,
+        seed=seed,
+        whole=True,
+    )
+    yield from learn(
+        settings,
+        policy.shape,
+        episodes=episodes,
+        batch=batch,
+        folder=folder,
+        about={"seed": seed, **environment_options(ppo)},
+        on_iteration=on_iteration,
+    )

@@ -1,0 +1,63 @@
+"""Policies by name, and whose policy a search began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from rlcompress.core.errors import UserError
+from rlcompress.core.files import save_bytes, save_json
+from rlcompress.core.observation import OBSERVATION_VERSION
+from rlcompress.core.policy import DEFAULT, load_policy
+from rlcompress.stages.workspace import Workspace
+
+
+def digest_of(folder: Path) -> str:
+    """Twelve hex digits that name a policy's weights."""
+    return hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def find_policy(run: Workspace) -> Path | None:
+    """The folder of `search.policy`: `default`, the one in this package; `none`; a folder that
+    holds one, or a run folder; NAME@ALIAS, registered in MLflow.
+
+    Raises UserError if there is none, or one that this version cannot use.
+    """
+    name = run.experiment.search.policy
+    if name == "none":
+        return None
+    if name == "default":
+        folder = DEFAULT
+    elif "@" in name and not Path(name).exists():
+        from rlcompress.tracking import fetch_policy
+
+        folder = fetch_policy(name, run.folder / "fetched", run.experiment.tracking.uri)
+    else:
+        places = [Path(name), Path(name) / "policy", Path(name) / "search" / "policy"]
+        found = [place for place in places if (place / "policy.json").exists()]
+        if not found:
+            raise UserError(
+                f"search.policy = {name}: no policy.json in {', '.join(map(str, places))}; "
+                "allowed: default, none, a run folder, or NAME@ALIAS of MLflow's registry"
+            )
+        folder = found[0]
+    load_policy(folder, OBSERVATION_VERSION)
+    return folder
+
+
+def begin_with(run: Workspace, searcher: str, policy: Path | None) -> None:
+    """Notes whose policy `searcher` begins with. What it measured with another one is set aside:
+    the archive's old copy, from which the rest is taken over."""
+    folder = run.folder / "search"
+    path, archive = folder / "policies.json", folder / "archive.jsonl"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    digest = digest_of(policy) if policy else "none"
+    if known.get(searcher, "none") != digest and archive.exists():
+        lines = archive.read_bytes().splitlines(keepends=True)
+        rest = [line for line in lines if json.loads(line)["searcher"] != searcher]
+        if len(rest) < len(lines):
+            run.set_aside(archive)
+            save_bytes(archive, b"".join(rest))
+            (folder / f"{searcher}.done").unlink(missing_ok=True)
+    save_json(path, {**known, searcher: digest})
