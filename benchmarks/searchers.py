@@ -66,6 +66,11 @@ def key_of(run: Workspace, sensitivity: str) -> str:
     return f"{identity(run)} {IMAGES} {low:g}-{high:g} {sensitivity}"
 
 
+def short(run: Workspace) -> str:
+    """The network's name in `EXPERIMENTS`."""
+    return next(name for name, experiment in EXPERIMENTS.items() if experiment == run.name)
+
+
 def records_of(
     name: str,
     run: Workspace,
@@ -76,12 +81,20 @@ def records_of(
     runners: int,
     folder: Path,
 ) -> Iterator[Record]:
-    """What a searcher measures behind its `history`."""
+    """What a searcher measures behind its `history`. `transfer-N` plays the policy of seed N that
+    never saw the network's family."""
     spec = run.experiment.ppo.model_copy(update={"num_env_runners": runners})
     if name == "untrained":
         from rlcompress.rl import untrained
 
         return untrained.search(problem, settings, history, ppo=spec)
+    if name.startswith("transfer-"):
+        from benchmarks.policies import held_out_policy
+        from rlcompress.rl import transfer
+
+        policy = held_out_policy(short(run), int(name.removeprefix("transfer-")))
+        measure = in_process(problem)
+        return transfer.search(problem, settings, history, measure, ppo=spec, folder=policy)
     if name == "ppo":
         from rlcompress.rl import ppo
 
@@ -261,6 +274,8 @@ def _picture(network: str, path: Path, key: str, target: Target, budget: int) ->
     """`results/searchers-NETWORK.png`: all that one seed's searchers measured in the target range,
     on the images that scored the search."""
     rows = [row for row in read_lines(path) if row["key"] == key]
+    if not rows:
+        return
     (dense,) = (row for row in rows if row["kind"] == "dense")
     records = [record for name in SEARCHED for record in own_records(rows, name, budget)]
     records = [r for r in records if r.measurement.bytes <= dense["bytes"] / target[0]]

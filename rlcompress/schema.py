@@ -408,7 +408,7 @@ class ZooNetwork(_Section):
 
 
 class ZooSpec(_Section):
-    """Networks of `rlcompress train-policy`, and what the policy learns of them. The experiment's
+    """Networks of `rlcompress train-policy`, and what it learns on them. The experiment's
     own network is not among them: the policy is judged on it."""
 
     networks: dict[Annotated[str, Field(pattern=NAME)], ZooNetwork] = Field(
@@ -417,14 +417,9 @@ class ZooSpec(_Section):
     target: Annotated[tuple[float, float], Field(strict=False), AfterValidator(_size_range)] = (
         Field((4.0, 100.0), description="size ratios; of each network those that it can reach")
     )
-    probes: int = Field(
-        64, ge=1, description="evaluations a network for its sensitivities, readers refitted"
+    samples: int = Field(
+        40, ge=8, description="schedules measured of each network, for the losses to learn"
     )
-    lessons: int = Field(
-        16, ge=2, description="episodes a network, of which each step is a lesson to clone"
-    )
-    clone_epochs: int = Field(60, ge=0, description="passes over the lessons; 0 = PPO alone")
-    clone_lr: float = Field(3e-3, gt=0, description="peak learning rate of cloning")
     ppo_episodes: int = Field(0, ge=0, description="episodes that PPO plays over the zoo")
     held: int = Field(4, ge=1, description="networks that a worker keeps ready")
 

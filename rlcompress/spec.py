@@ -248,6 +248,17 @@ def load_experiments(path: Path | str) -> ExperimentFile:
     )
 
 
+def single(path: Path, name: str, content: Mapping[str, Any]) -> ExperimentFile:
+    """A file of one experiment that need not be written yet."""
+    return ExperimentFile(path, {}, {name: content}, {name: None})
+
+
+def write_single(path: Path, name: str, content: Mapping[str, Any]) -> None:
+    """What `load_experiments` reads as `single`."""
+    text = yaml.dump({"experiments": {name: dict(content)}}, Dumper=_Dumper, sort_keys=False)
+    save_bytes(path, text.encode())
+
+
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import functools
+import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from rlcompress.core.errors import UserError
+from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
+from rlcompress.core.policy import Policy, PolicyShape, save_policy
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
-from rlcompress.rl import untrained
+from rlcompress.rl import transfer, untrained
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers import SEARCHERS, Settings, find, in_process
 from rlcompress.searchers.knapsack import Program
@@ -20,9 +29,20 @@ def problem() -> Problem:
     return toy_bundle(epochs=2).problem()
 
 
-EVERY = (*SEARCHERS, "untrained")
+EVERY = (*SEARCHERS, "untrained", "transfer")
 FEEDBACK = ("knapsack", "local")
 LOW, HIGH = 3.0, 8.0
+
+
+@functools.cache
+def policy_folder() -> Path:
+    """A policy of no use, which is not the prior."""
+    folder = Path(tempfile.mkdtemp())
+    torch.manual_seed(0)
+    policy = Policy(PolicyShape(len(ACTION_COLUMNS), len(STATE_COLUMNS), 8, OBSERVATION_VERSION))
+    torch.nn.init.normal_(policy.score.weight)
+    save_policy(folder, policy, {"temperature": 0.5})
+    return folder
 
 
 def run(
@@ -37,6 +57,12 @@ def run(
     settings = Settings(evaluations, (LOW, HIGH), seed, sensitivity)
     if name == "untrained":
         return list(untrained.search(problem, settings, history, ppo=PPOSpec()))
+    if name == "transfer":
+        measure = in_process(problem)
+        found = transfer.search(
+            problem, settings, history, measure, ppo=PPOSpec(), folder=policy_folder()
+        )
+        return list(found)
     return list(find(name)(problem, settings, history, in_process(problem)))
 
 
@@ -219,3 +245,34 @@ def test_the_knapsack_beats_the_median_of_what_fits(problem):
     found = Program(problem, problem.prior.losses).solve(limit)
     kls = [m.kl for _, m in _all(problem) if m.bytes <= limit]
     assert problem.evaluator.evaluate(found).kl < np.quantile(kls, 0.2)
+
+
+class TestTransfer:
+    def test_the_policy_plays_a_size_an_episode_then_local_search_refines(self, problem):
+        records = run(problem, "transfer", 34)
+        played, refined = records[: transfer.SIZES], records[transfer.SIZES :]
+        assert len({r.target for r in played}) == transfer.SIZES
+        assert {played[0].target, played[1].target} == {LOW, HIGH}
+        for r in played:
+            assert problem.dense.bytes / r.measurement.bytes >= r.target
+        chains = {r.target for r in refined}
+        assert len(refined) == 10
+        assert 4 <= len(chains) <= 8
+        # A chain moves away from the best that the policy found for its size.
+        assert not {r.schedule for r in refined} & {r.schedule for r in played}
+
+    def test_few_evaluations_are_zero_shot(self, problem):
+        assert lines(run(problem, "transfer", 5)) == lines(run(problem, "transfer", 34)[:5])
+
+    def test_a_policy_of_another_observation_is_refused(self, problem, tmp_path):
+        shutil.copytree(policy_folder(), tmp_path / "p")
+        path = tmp_path / "p" / "policy.json"
+        about = json.loads(path.read_text())
+        about["shape"]["observation_version"] = 1
+        path.write_text(json.dumps(about))
+        settings = Settings(4, (LOW, HIGH), 0)
+        searching = transfer.search(
+            problem, settings, [], in_process(problem), ppo=PPOSpec(), folder=tmp_path / "p"
+        )
+        with pytest.raises(UserError, match="observation version 1, this environment gives"):
+            next(searching)

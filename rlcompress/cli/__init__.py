@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlcompress.cli import experiment, overview, tickets  # noqa: F401
+from rlcompress.cli import compress, experiment, overview, tickets  # noqa: F401
 from rlcompress.cli.app import app
 
 

@@ -66,7 +66,7 @@ def open_run(
     words += [word for text in overrides for word in ("--set", text)]
     words += ["--out", str(out)] if out else []
     folder = out or Path("runs") / name
-    _check_folder(folder)
+    check_folder(folder)
     if fresh:
         _move_aside(folder)
 
@@ -75,7 +75,7 @@ def open_run(
     return stages.Run(name, experiment, folder, words)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{folder}: {there} is a file; name another folder with --out DIR")

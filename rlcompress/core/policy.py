@@ -26,6 +26,8 @@ from rlcompress.core.tensors import load_tensors, save_tensors
 ILLEGAL = -1e9
 #: The folder of the policy that comes with this package.
 DEFAULT = Path(__file__).parents[1] / "policies" / "default"
+#: Of a policy's folder: the losses that its prior goes by, where they are learned.
+LEARNED = "losses.safetensors"
 
 
 @dataclass(frozen=True)

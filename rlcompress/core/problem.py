@@ -43,7 +43,8 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A problem as numpy arrays and plain values. fit_NCHW and score_NCHW are normalised."""
+    """A problem as numpy arrays and plain values. fit_NCHW and score_NCHW are normalised. `losses`:
+    what the prior goes by; None = the estimates."""
 
     ref: ModelRef
     network: Network
@@ -59,6 +60,7 @@ class Bundle:
     cache_bytes: int
     seed: int
     device: str = "auto"
+    losses: Losses | None = None
 
     def model(self) -> nn.Module:
         """The dense network, in eval mode."""
@@ -86,7 +88,7 @@ class Bundle:
             seed=self.seed,
         )
         refitted = self.recovery == "reconstruct"
-        losses = Losses.of(self.network, self.estimates, refitted=refitted)
+        losses = self.losses or Losses.of(self.network, self.estimates, refitted=refitted)
         return Problem(evaluator, Prior(self.network, evaluator.costs, losses), self.score)
 
 

@@ -12,13 +12,11 @@ import gymnasium as gym
 import ray
 import torch
 
-from rlcompress.core.lessons import Lessons
 from rlcompress.core.policy import Policy
 from rlcompress.core.prior import Losses
 from rlcompress.core.problem import Bundle
 from rlcompress.core.schedule import Measurement, Schedule
 from rlcompress.rl.cluster import problem_of, share
-from rlcompress.rl.lessons import lesson
 from rlcompress.rl.play import greedy
 
 
@@ -48,13 +46,9 @@ class Pool:
         calls = ((shared, environment, dict(options), target, losses) for target in targets)
         return self._map(_play, calls)
 
-    def lessons(
-        self, losses: Losses, calls: Iterable[tuple[Any, ...]]
-    ) -> Iterator[tuple[dict[str, Any], Lessons]]:
-        """`lesson`s of a teacher that knows `losses`; the calls are its other arguments."""
-        return self._map(_lesson, ((losses, *call) for call in calls))
-
-    def _map(self, task: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    def _map(
+        self, task: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
+    ) -> Iterator[dict[str, Any]]:
         reference = share(self.bundle)
         remote = ray.remote(num_cpus=1, num_gpus=self.num_gpus)(task)
         waiting: deque[Any] = deque()
@@ -83,8 +77,3 @@ def _play(
     torch.set_num_threads(1)
     problem = problem_of(bundle[0]).with_losses(losses)
     return greedy(policy, gym.make(environment, problem=problem, **options), target)
-
-
-def _lesson(bundle: list[Any], losses: Losses, *call: Any) -> tuple[dict[str, Any], Lessons]:
-    torch.set_num_threads(1)
-    return lesson(problem_of(bundle[0]), losses, *call)

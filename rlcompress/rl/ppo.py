@@ -31,6 +31,7 @@ from rlcompress.rl.config import (
 from rlcompress.rl.environment import make
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape
 from rlcompress.rl.pool import Pool
+from rlcompress.rl.transfer import prepared
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers.base import Settings, in_process, probed, targets
 
@@ -57,6 +58,8 @@ def search(
     on_iteration  gets a row of the learning curve: evaluation, mean_return, entropy, loss
     """
     problem.require_reachable(settings.target)
+    if begin is not None:
+        problem = prepared(problem, begin)
     pool = Pool(bundle, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
     measure = in_process(problem)
     if settings.sensitivity != "estimated" and ppo.num_env_runners:

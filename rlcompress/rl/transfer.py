@@ -11,8 +11,9 @@ from pathlib import Path
 
 import gymnasium as gym
 
+from rlcompress.core.learned import load_learned
 from rlcompress.core.observation import OBSERVATION_VERSION
-from rlcompress.core.policy import load_policy
+from rlcompress.core.policy import LEARNED, load_policy
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy
@@ -22,6 +23,16 @@ from rlcompress.searchers.local import refine
 
 #: Sizes that the policy plays, in such an order that the first ones lie evenly too.
 SIZES = 24
+
+
+def prepared(problem: Problem, folder: Path) -> Problem:
+    """The problem with a prior on the losses that the policy in `folder` has learned, if it has."""
+    if not (folder / LEARNED).exists():
+        return problem
+    evaluator = problem.evaluator
+    learned = load_learned(folder / LEARNED)
+    losses = learned.corrected(problem.network, evaluator.costs, evaluator.estimates)
+    return problem.with_losses(losses)
 
 
 def search(
@@ -37,6 +48,7 @@ def search(
     `history`. Raises UserError where the policy is damaged or of another observation version."""
     problem.require_reachable(settings.target)
     policy, about = load_policy(folder, OBSERVATION_VERSION)
+    problem = prepared(problem, folder)
     # The prior's temperature is part of what the policy learned on.
     options = environment_options(ppo) | {
         name: about[name] for name in ("temperature",) if name in about

@@ -79,7 +79,8 @@ def refine(
                 if fitting
                 else min(begun, key=lambda pair: pair[1].bytes)
             )
-        yield from _chains(problem, settings, problem.prior.losses, starts)
+        known_already = [schedule for schedule, _ in begun]
+        yield from _chains(problem, settings, problem.prior.losses, starts, known_already)
 
     yield from measured_in_batches(name, settings, history, measure, batches(), before=known)
 
@@ -100,7 +101,7 @@ def _anneal(problem: Problem, settings: Settings, losses: Losses) -> Batches:
     found = yield list(first.items())
     measured_of = dict(zip(first, found, strict=True))
     begun = [(schedule, measured_of[schedule]) for schedule in starts]
-    yield from _chains(problem, settings, losses, begun)
+    yield from _chains(problem, settings, losses, begun, starts)
 
 
 def _chains(
@@ -108,8 +109,9 @@ def _chains(
     settings: Settings,
     losses: Losses,
     starts: Sequence[tuple[Schedule, Measurement]],
+    known: Sequence[Schedule],
 ) -> Batches:
-    """A chain from each start, one for each of `_sizes`."""
+    """A chain from each start, one for each of `_sizes`; none proposes what is `known`."""
 
     def score(measurement: Measurement) -> float:
         return float(np.log10(max(measurement.error(problem.score), FLOOR)))
@@ -119,7 +121,7 @@ def _chains(
     limits = [problem.dense.bytes / target for target in wanted]
     chains = [genes.of(schedule) for schedule, _ in starts]
     scores = [score(measurement) for _, measurement in starts]
-    seen = {start.tobytes() for start in chains}
+    seen = {genes.of(schedule).tobytes() for schedule in known}
     while True:
         proposals: dict[int, np.ndarray] = {}
         for chain, limit in enumerate(limits):

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 from rich.table import Table
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import JsonLines, read_archive, save_json
-from rlcompress.core.lessons import Lessons, clone
+from rlcompress.core.files import JsonLines, read_archive
+from rlcompress.core.learned import LearnedLosses, Lessons, agreement, fit
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
-from rlcompress.core.policy import Policy, PolicyShape, load_policy, save_policy
-from rlcompress.core.prior import Losses
+from rlcompress.core.policy import LEARNED, Policy, PolicyShape, load_policy, save_policy
 from rlcompress.core.problem import Member
 from rlcompress.core.schedule import Measurement, Record
 from rlcompress.live import console, stage
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy
 from rlcompress.searchers import Settings, in_process
-from rlcompress.searchers.base import Measure, probed
+from rlcompress.searchers.base import Measure, Proposal, measured
 from rlcompress.spec import spec_hash
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.ticket import commit
@@ -31,6 +30,9 @@ from rlcompress.stages.workspace import MEASUREMENTS, Workspace
 
 #: Of the largest ratio that a network can reach: beyond it there is nothing left to choose.
 REACH = 0.8
+#: Sampled schedules: the stream of their random numbers, deviations that the prior's losses are
+#: shaken by, and rungs of a shaken prior.
+STREAM, DEVIATIONS, RUNGS = 7, (0.0, 0.5, 1.0, 1.5), 32
 
 
 def members(run: Workspace) -> dict[str, Workspace]:
@@ -59,72 +61,50 @@ def target_of(run: Workspace) -> tuple[float, float]:
     return min(low, high / 2), high
 
 
-def learn_from(run: Workspace) -> tuple[Member, Lessons]:
-    """Measures one network's sensitivities with the readers refitted, plays its lessons, and keeps
-    both in `lessons/`; found there, they are not made again. The network's lessons, and what the
-    prior's own episodes paid."""
-    e, folder = run.experiment, run.folder / "lessons"
-    zoo = e.zoo
+def sample(run: Workspace) -> list[Record]:
+    """Measures schedules of one network: the prior's, mostly on shaken losses, at sizes over the
+    range. They are kept in `samples/archive.jsonl`; found there, they are not measured again."""
+    e, folder = run.experiment, run.folder / "samples"
     run.folder.mkdir(parents=True, exist_ok=True)
     train_dense(run)
     inputs = spec_hash(e, "model", "data", "dense", "seed", "calibration", "search")
-    run.claim(folder, f"{MEASUREMENTS} {inputs} {zoo.probes} {zoo.lessons} {zoo.target}")
-    paths = [folder / f"{i:03}.safetensors" for i in range(zoo.lessons)]
-    target = target_of(run)
-    if not all(path.exists() for path in paths):
-        _play_lessons(run, paths, target)
-    parts, found = zip(*(Lessons.load(path) for path in paths), strict=True)
-    own = sorted((row["target"], row["return"]) for row in found if row["player"] == "prior")
-    ratios, qualities = zip(*own, strict=True)
-    return Member(run.name, target, ratios, qualities), Lessons.joined(parts)
-
-
-def _play_lessons(run: Workspace, paths: list[Path], target: tuple[float, float]) -> None:
-    from rlcompress.rl.lessons import PLAYERS, lesson
-
-    e, history = run.experiment, read_archive(paths[0].with_name("archive.jsonl"))
-    settings = Settings(2 * e.zoo.probes, target, e.seed, "refitted")
-    options = environment_options(e.ppo)
-    count = -(-len(paths) // len(PLAYERS))
-    ratios = [float(x) for x in np.geomspace(*target, count)]
-    todo = [i for i, path in enumerate(paths) if not path.exists()]
-    calls = [
-        (PLAYERS[i % len(PLAYERS)], ratios[i // len(PLAYERS)], [e.seed, i], options) for i in todo
-    ]
+    run.claim(folder, f"{MEASUREMENTS} {inputs} {e.zoo.target}")
+    records = read_archive(folder / "archive.jsonl")[: e.zoo.samples]
+    if len(records) == e.zoo.samples:
+        return records
     measure: Measure = in_process(run.problem)
-    workers = None
     if e.ppo.num_env_runners:
         from rlcompress.rl import cluster, pool
 
         cluster.start_ray(e.ppo)
-        workers = pool.Pool(run.bundle, e.ppo.num_env_runners, e.ppo.num_gpus_per_env_runner)
-        measure = workers.measure
-    found: list[Losses] = []
-
-    def probing() -> Iterator[Record]:
-        losses, _ = yield from probed("teacher", run.problem, settings, history, measure)
-        found.append(losses)
-
-    total = e.zoo.probes + len(paths)
-    with (
-        JsonLines(paths[0].with_name("archive.jsonl")) as archive,
-        stage(run.name, total) as shown,
-    ):
-        for record in probing():
+        measure = pool.Pool(
+            run.bundle, e.ppo.num_env_runners, e.ppo.num_gpus_per_env_runner
+        ).measure
+    target = target_of(run)
+    settings = Settings(e.zoo.samples, target, e.seed)
+    history = list(records)
+    with JsonLines(folder / "archive.jsonl") as archive, stage(run.name, e.zoo.samples) as shown:
+        for record in measured("sample", settings, history, measure, _draws(run, target)):
             archive.append(record.to_json())
-            shown.update(record.evaluation, "sensitivities, readers refitted")
-        losses = found[0]
-        lessons_of = (
-            workers.lessons(losses, calls)
-            if workers
-            else (lesson(run.problem, losses, *call) for call in calls)
-        )
-        played = zip(todo, calls, lessons_of, strict=True)
-        for done, (i, call, (info, lessons)) in enumerate(played, start=total - len(todo) + 1):
-            kl = Measurement.from_dict(info["measurement"]).kl
-            about = {name: info[name] for name in ("target", "schedule", "measurement", "return")}
-            lessons.save(paths[i], player=call[0], **about)
-            shown.update(done, f"{call[0]} at {call[1]:.1f}x: KL {kl:.3f}")
+            records.append(record)
+            kl = record.measurement.kl
+            shown.update(record.evaluation, f"{record.target or 1:.1f}x  KL {kl:.4f}")
+    return records
+
+
+def _draws(run: Workspace, target: tuple[float, float]) -> Iterator[Proposal]:
+    prior, dense = run.problem.prior, run.problem.dense.bytes
+    for i in itertools.count():
+        rng = np.random.default_rng([run.experiment.seed + STREAM, i])
+        ratio = float(np.exp(rng.uniform(*np.log(target))))
+        deviation = float(rng.choice(DEVIATIONS))
+        shaken = prior.shaken(rng, deviation, RUNGS) if deviation else prior
+        yield shaken.schedule(dense / ratio), ratio
+
+
+def lessons_of(run: Workspace, records: list[Record]) -> Lessons:
+    network, evaluator = run.problem.network, run.problem.evaluator
+    return Lessons.of(network, evaluator.costs, evaluator.estimates, records)
 
 
 def train_policy(run: Workspace) -> dict[str, Any]:
@@ -138,25 +118,23 @@ def train_policy(run: Workspace) -> dict[str, Any]:
         _, about = load_policy(folder, OBSERVATION_VERSION)
         if about.get("inputs") == inputs and "judged" in about:
             return about
-    taught = [learn_from(network) for network in networks.values()]
+    sampled = {name: sample(network) for name, network in networks.items()}
     run.claim(folder, inputs)
-    torch.manual_seed(e.seed)
+    lessons = {name: lessons_of(networks[name], records) for name, records in sampled.items()}
+    learned = fit(list(lessons.values()), seed=e.seed)
+    learned.save(folder / LEARNED)
     policy = new_policy(e.ppo.hidden)
-    curve = clone(
-        policy,
-        [lessons for _, lessons in taught],
-        epochs=zoo.clone_epochs,
-        lr=zoo.clone_lr,
-        seed=e.seed,
-    )
-    save_json(folder / "clone.json", curve)
     if zoo.ppo_episodes:
-        policy = _play_zoo(run, networks, [member for member, _ in taught], policy)
+        policy = _play_zoo(run, networks, sampled, learned)
     about = {
         "inputs": inputs,
         "networks": list(networks),
-        "lessons": sum(len(lessons) for _, lessons in taught),
-        "evaluations": len(networks) * (zoo.probes + zoo.lessons),
+        "agreement": {
+            name: [agreement(known, None), agreement(known, learned)]
+            for name, known in lessons.items()
+        },
+        "evaluations": sum(map(len, sampled.values())),
+        "recovery": e.search.recovery,
         "episodes": zoo.ppo_episodes,
         "seed": e.seed,
         "spec_hash": run.hash,
@@ -165,7 +143,7 @@ def train_policy(run: Workspace) -> dict[str, Any]:
         **environment_options(e.ppo),
     }
     train_dense(run)
-    about["judged"] = judge(run, policy)
+    about["judged"] = judge(run, policy, learned)
     save_policy(folder, policy, about)
     return about
 
@@ -176,10 +154,27 @@ def new_policy(hidden: int) -> Policy:
 
 
 def _play_zoo(
-    run: Workspace, networks: dict[str, Workspace], known: list[Member], policy: Policy
+    run: Workspace,
+    networks: dict[str, Workspace],
+    sampled: dict[str, list[Record]],
+    learned: LearnedLosses,
 ) -> Policy:
     from rlcompress.rl import zoo
 
+    members, bundles = [], []
+    for name, network in networks.items():
+        evaluator, target = network.problem.evaluator, target_of(network)
+        losses = learned.corrected(network.structure, evaluator.costs, evaluator.estimates)
+        bundles.append(replace(network.bundle, losses=losses))
+        # What the sampled schedules paid, smoothed over the size.
+        options = environment_options(run.experiment.ppo)
+        env = gym.make(ENVIRONMENT, problem=network.problem, target=target, **options)
+        quality = env.get_wrapper_attr("quality")
+        ratios = np.geomspace(*target, 8)
+        sizes = np.log([network.problem.dense.bytes / r.measurement.bytes for r in sampled[name]])
+        paid = [quality(r.measurement) for r in sampled[name]]
+        expected = np.polyval(np.polyfit(sizes, paid, 2), np.log(ratios))
+        members.append(Member(name, target, tuple(ratios.tolist()), tuple(expected.tolist())))
     e, folder = run.experiment, run.folder / "policy"
     with (
         JsonLines(folder / "episodes.jsonl") as episodes,
@@ -187,9 +182,9 @@ def _play_zoo(
         stage("ppo", e.zoo.ppo_episodes) as shown,
     ):
         played = zoo.train(
-            known,
-            [network.bundle for network in networks.values()],
-            policy,
+            members,
+            bundles,
+            new_policy(e.ppo.hidden),
             e.ppo,
             episodes=e.zoo.ppo_episodes,
             held=e.zoo.held,
@@ -203,21 +198,32 @@ def _play_zoo(
     return load_policy(folder, OBSERVATION_VERSION)[0]
 
 
-def judge(run: Workspace, policy: Policy, sizes: int = 8) -> list[dict[str, float]]:
-    """The policy's own episodes and its prior's at sizes over the experiment's target range, on the
-    experiment's network: target, and bytes, KL and accuracy of each."""
-    ppo, target = run.experiment.ppo, run.experiment.search.target
-    run.problem.require_reachable(target)
-    env = gym.make(ENVIRONMENT, problem=run.problem, target=target, **environment_options(ppo))
+def judge(
+    run: Workspace, policy: Policy, learned: LearnedLosses, sizes: int = 8
+) -> list[dict[str, float]]:
+    """The policy's episodes and those of the prior on the estimates, at sizes over the experiment's
+    target range, on the experiment's network: target, and bytes, KL and accuracy of each."""
+    ppo, target, problem = run.experiment.ppo, run.experiment.search.target, run.problem
+    problem.require_reachable(target)
+    evaluator = problem.evaluator
+    losses = learned.corrected(problem.network, evaluator.costs, evaluator.estimates)
+    players = {
+        "prior": (new_policy(ppo.hidden).eval(), problem),
+        "policy": (policy.eval(), problem.with_losses(losses)),
+    }
+    envs = {
+        who: gym.make(ENVIRONMENT, problem=seen, target=target, **environment_options(ppo))
+        for who, (_, seen) in players.items()
+    }
     rows = []
-    with stage("judge", 2 * sizes) as shown:
+    with stage("judge", sizes) as shown:
         for i, ratio in enumerate(float(x) for x in np.geomspace(*target, sizes)):
             row = {"target": ratio}
-            for who, player in (("prior", new_policy(ppo.hidden).eval()), ("policy", policy)):
-                m = Measurement.from_dict(greedy(player, env, ratio)["measurement"])
+            for who, (player, _) in players.items():
+                m = Measurement.from_dict(greedy(player, envs[who], ratio)["measurement"])
                 row |= {f"{who}_bytes": m.bytes, f"{who}_kl": m.kl, f"{who}_accuracy": m.accuracy}
             rows.append(row)
-            shown.update(2 * (i + 1), f"{ratio:.1f}x: KL {row['policy_kl']:.3f}")
+            shown.update(i + 1, f"{ratio:.1f}x: KL {row['policy_kl']:.3f}")
     return rows
 
 
@@ -237,6 +243,11 @@ def last_lines(run: Workspace, about: dict[str, Any]) -> None:
             cells += [f"{row[f'{who}_kl']:.3f}", f"{row[f'{who}_accuracy']:.1%}"]
         table.add_row(*cells)
     console.print(table)
+    agreed = np.array(list(about["agreement"].values())).mean(0)
+    console.print(
+        "agreement of summed losses with measured KLs, within a size: "
+        f"{agreed[0]:.2f} as estimated, {agreed[1]:.2f} as learned"
+    )
     console.print(
         f"on {run.name}'s own network the policy's KL is {10 ** -gain(about['judged']):.2f} times "
         f"its prior's; it learned on {len(about['networks'])} networks, {about['evaluations']} "

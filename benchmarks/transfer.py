@@ -1,0 +1,162 @@
+"""A policy on networks of a family that it never saw, against searches of that network alone.
+
+    uv run python -m benchmarks.transfer                 # hours; goes on if stopped
+    uv run python -m benchmarks.transfer --networks resnet18 --seeds 0 --no-rivals
+    uv run python -m benchmarks.transfer --summary       # of what is measured; no more
+
+For each network (`benchmarks.networks`) a policy learns on the zoo of experiments.yaml without its
+family (`benchmarks.policies`), once for each seed, and plays: 10 evaluations are zero-shot
+(one episode a size), of 25 the first 24 are and the last refines. The rivals search that network:
+`knapsack` on estimates (10 evaluations, one a size), on refitted sensitivities (100), `local` on
+those (500). All have one problem (images of seed 1), and are judged as in `benchmarks.searchers`:
+`checked` is the share of the rectangle of (log size ratio, accuracy) that the front covers, its
+schedules fitted anew on other images and measured on the validation images held back.
+
+zero_shot_vs_estimated_knapsack   checked volume of transfer at 10 / knapsack on estimates - 1
+zero_shot_vs_local500             ... at 10 / local at 500;  at25_vs_local500  ... at 25
+slope_with_networks               agreement of learned losses with measured KLs on networks of a
+                                  family that was left out, per doubling of the training networks
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import policies, results
+from benchmarks.networks import EXPERIMENTS, workspace
+from benchmarks.searchers import judge, key_of, measure, path_of
+from rlcompress.core.files import read_lines
+from rlcompress.core.learned import agreement, fit
+
+PROBLEM_SEED = 1
+BUDGETS = (10, 25)
+#: Searcher, evaluations, sensitivity.
+RIVALS = (("knapsack", 10, "estimated"), ("knapsack", 100, "refitted"), ("local", 500, "refitted"))
+COUNTS = (1, 2, 4, 8)
+
+
+def scores(network: str) -> dict[tuple[str, int, str], float]:
+    """(searcher, evaluations, sensitivity) -> checked volume of what is measured."""
+    run = workspace(EXPERIMENTS[network])
+    every = read_lines(path_of(network, PROBLEM_SEED))
+    found = {}
+    for kind in ("estimated", "refitted"):
+        rows = [row for row in every if row["key"] == key_of(run, kind)]
+        if any(row["kind"] == "done" for row in rows):
+            for row in judge(rows, run.experiment.search.target):
+                found[row["searcher"], row["budget"], kind] = row["checked"]
+    return found
+
+
+def scale_curve(seeds: list[int]) -> list[dict[str, Any]]:
+    """Agreement on each network of the zoo whose family the losses did not learn on, against how
+    many networks they learned on."""
+    known = policies.lessons(policies.zoo())
+    families = sorted({policies.family_of(name) for name in known})
+    rows = []
+    for seed in seeds:
+        for family in families:
+            rest = [name for name in known if policies.family_of(name) != family]
+            held_out = [name for name in known if policies.family_of(name) == family]
+            order = np.random.default_rng([seed, len(rest)]).permutation(rest)
+            for count in (*COUNTS, len(rest)):
+                learned = fit([known[name] for name in order[:count]], seed=seed)
+                rows += [
+                    {
+                        "kind": "scale",
+                        "seed": seed,
+                        "network": name,
+                        "networks": "all" if count == len(rest) else count,
+                        "trained_on": count,
+                        "agreement": agreement(known[name], learned),
+                        "estimated": agreement(known[name], None),
+                    }
+                    for name in held_out
+                ]
+    return rows
+
+
+def print_scale(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    print("\nnetworks learned on   agreement on families left out")
+    estimated = statistics.mean(row["estimated"] for row in rows)
+    print(f"{'none (estimates)':20}{estimated:8.3f}")
+    for count in (*COUNTS, "all"):
+        mine = [row["agreement"] for row in rows if row["networks"] == count]
+        print(f"{count!s:20}{statistics.mean(mine):8.3f}   (n = {len(mine)})")
+    slopes = []
+    for seed in sorted({row["seed"] for row in rows}):
+        mine = [row for row in rows if row["seed"] == seed]
+        doublings = np.log2([row["trained_on"] for row in mine])
+        slopes.append(float(np.polyfit(doublings, [row["agreement"] for row in mine], 1)[0]))
+    return {"slope_with_networks": results.figure(slopes, "correlation a doubling")}
+
+
+def summarise(seeds: list[int], scale: list[dict[str, Any]]) -> None:
+    figures: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, list[float]] = {}
+    print(f"{'network':14}{'searcher':14}{'evaluations':>12}{'sensitivity':>13}{'checked':>9}")
+    for network in EXPERIMENTS:
+        if not path_of(network, PROBLEM_SEED).exists():
+            continue
+        found = scores(network)
+        for (name, count, kind), value in sorted(found.items()):
+            if name.startswith("transfer") or (name, count, kind) in RIVALS:
+                print(f"{network:14}{name:14}{count:12}{kind:>13}{value:9.3f}")
+                rows.append(
+                    {"network": network, "searcher": name, "evaluations": count, "checked": value}
+                )
+        for figure, count, rival in (
+            ("zero_shot_vs_estimated_knapsack", 10, RIVALS[0]),
+            ("zero_shot_vs_local500", 10, RIVALS[2]),
+            ("at25_vs_local500", 25, RIVALS[2]),
+        ):
+            for seed in seeds:
+                ours = found.get((f"transfer-{seed}", count, "estimated"))
+                if ours is not None and found.get(rival):
+                    ratio = ours / found[rival] - (1 if figure.endswith("knapsack") else 0)
+                    ratios.setdefault(figure, []).append(ratio)
+                    ratios.setdefault(f"{figure}_{network}", []).append(ratio)
+    for name, values in ratios.items():
+        figures[name] = results.figure(values, "relative checked volume")
+    if scale:
+        figures |= print_scale(scale)
+    for name, value in figures.items():
+        sd = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
+        print(f"{name:48}{value['value']:8.3f}{sd}  (n = {value['n']})")
+    print(results.write("transfer", figures, [*rows, *scale]))
+
+
+def main() -> None:
+    parser = results.parser(__doc__)
+    parser.add_argument("--networks", default=",".join(EXPERIMENTS))
+    parser.add_argument("--seeds", default="0,1,2", help="of the policy")
+    parser.add_argument("--no-rivals", action="store_true")
+    parser.add_argument("--no-scale", action="store_true", help="without the scale curve")
+    parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    for network in [] if options.summary else options.networks.split(","):
+        folder = Path("runs") / f"searchers-{network}-{PROBLEM_SEED}"
+        names = []
+        for seed in seeds:
+            begun = time.monotonic()
+            policies.held_out_policy(network, seed)
+            print(f"{network}: policy {seed} in {time.monotonic() - begun:.0f} s", flush=True)
+            names.append(f"transfer-{seed}")
+        for budget in BUDGETS:
+            measure(network, PROBLEM_SEED, names, budget, "estimated", 0, folder)
+        for name, budget, kind in () if options.no_rivals else RIVALS:
+            measure(network, PROBLEM_SEED, [name], budget, kind, 0, folder)
+    summarise(seeds, [] if options.no_scale else scale_curve(seeds))
+
+
+if __name__ == "__main__":
+    main()
