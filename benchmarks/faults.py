@@ -20,7 +20,6 @@ line of runs/faults.jsonl.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import statistics
@@ -30,7 +29,6 @@ from typing import Any
 from benchmarks import faulty, results, stage_set
 
 PATH = Path("runs") / "faults.jsonl"
-FOLDER = Path("runs") / "faults"
 #: Env runners of the undisturbed searches.
 UNDISTURBED = (1, 2, 3, 4)
 
@@ -96,14 +94,13 @@ def main() -> None:
     if "disk_full" in names and os.geteuid() != 0:
         print("disk_full is left out: only root can mount a tmpfs")
         names.remove("disk_full")
-    key = hashlib.sha256(stage_set.EXPERIMENT.encode()).hexdigest()[:8]
-    folder = FOLDER.resolve() / key
+    folder, key = stage_set.HOME.resolve(), stage_set.KEY
     rows = results.Rows(PATH)
 
     def mine() -> list[dict[str, Any]]:
         return [row for row in rows.rows if row["key"] == key]
 
-    whole = stage_set.prepare(folder / "whole")
+    whole = stage_set.prepare()
     for turn in range(1 if options.quick else options.rounds):
         for name in ["none", *names]:
             done = any(row["fault"] == name and row["turn"] == turn for row in mine())

@@ -23,6 +23,7 @@ from benchmarks.stage_set import (
     kill_all,
     lost_and_doubled,
     query_database,
+    tickets_wrongly,
     tracked_wrongly,
 )
 
@@ -268,6 +269,7 @@ def play(name: str, folder: Path, whole: Path, turn: int = 0) -> dict[str, Any]:
         if fault.verb == "run":
             server = scene.folder / "server" / "mlflow.db"
             database = server if name == "mlflow_gone" else scene.run / "mlflow.db"
+            wrong += tickets_wrongly(scene)
             wrong += tracked_wrongly(database, Scene(whole).run / "mlflow.db")
         return {
             "ended": blow.code,

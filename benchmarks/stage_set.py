@@ -4,6 +4,7 @@ Ray cluster and an MLflow server to lose, and what is left behind."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ ROOT = Path(__file__).parents[1]
 NAME = "tiny"
 #: Evaluations of each searcher.
 BUDGETS = {"ppo": 48, "uniform": 6}
+#: Of a ticket's arm.
+EPOCHS = 3
 EXPERIMENT = f"""
 experiments:
   {NAME}:
@@ -41,10 +44,13 @@ experiments:
              baseline_episodes: {BUDGETS["uniform"]}, finalists: 2, target: [6, 20],
              keeps: [1.0, 0.6, 0.3], bits: [2, 4, 8]}}
     ppo: {{num_env_runners: 2, episodes_per_iteration: 12, epochs: 2}}
-    ticket: {{epochs: 3, batch_size: 32, lr: 0.05, fit_images: 64, floor: 3.0,
+    ticket: {{epochs: {EPOCHS}, batch_size: 32, lr: 0.05, fit_images: 64, floor: 3.0,
              arms: [reconstructed, rewind]}}
     export: {{onnx: false}}
 """
+#: Names what is made of it.
+KEY = hashlib.sha256(EXPERIMENT.encode()).hexdigest()[:8]
+HOME = Path("runs") / "faults" / KEY
 #: What a stage leaves to the next ones: removed from a whole run, it has ended before them.
 _AFTER_TICKETS = ("report", "mlartifacts", "mlflow.db", "mlflow.json", "tracked.json")
 _AFTER_SEARCH = ("tickets", "search/finals.jsonl", *_AFTER_TICKETS)
@@ -58,7 +64,7 @@ LIMIT = 300.0
 _POLL = 0.02
 
 
-class Missed(Exception):
+class MissedError(Exception):
     """The moment of the fault never came."""
 
 
@@ -124,11 +130,11 @@ class Command:
         return [p for p in self._seen if p.is_running()]
 
     def until(self, moment: Callable[[], bool]) -> None:
-        """Watches until `moment()`. Raises Missed if the command ends first."""
+        """Watches until `moment()`. Raises MissedError if the command ends first."""
         pause = threading.Event()
         while not moment():
             if self.process.poll() is not None:
-                raise Missed(f"ended with {self.process.returncode}: {self.said()[-2000:]}")
+                raise MissedError(f"ended with {self.process.returncode}: {self.said()[-2000:]}")
             pause.wait(_POLL)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -157,8 +163,9 @@ def kill_all(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, 30)
 
 
-def prepare(folder: Path) -> Path:
-    """A whole undisturbed run, made once in `folder`, which it returns."""
+def prepare(folder: Path = HOME / "whole") -> Path:
+    """A whole undisturbed run, made once in `folder`, which it returns as an absolute path."""
+    folder = folder.resolve()
     scene = Scene(folder)
     if not (folder / "whole").exists():
         if folder.exists():
@@ -188,6 +195,18 @@ def lost_and_doubled(before: list[str], scene: Scene) -> tuple[int, int, int]:
     wanted = {(name, i) for name, most in BUDGETS.items() for i in range(1, most + 1)}
     doubled = sum(counts.values()) - len(counts) + len(counts.keys() - wanted)
     return lost, doubled, len(wanted - counts.keys())
+
+
+def tickets_wrongly(scene: Scene) -> list[str]:
+    """What is wrong in the tickets of a run that has ended: each has all epochs, once."""
+    tickets = [json.loads(p.read_text()) for p in scene.run.glob("tickets/*/ticket.json")]
+    wrong = [] if len(tickets) == len(BUDGETS) else [f"{len(tickets)} tickets"]
+    epochs = {len(curve) for ticket in tickets for curve in ticket["curves"].values()}
+    if epochs != {EPOCHS}:
+        wrong.append(f"{epochs} epochs, not {EPOCHS}")
+    if left := list(scene.run.glob("tickets/*/*.checkpoint")):
+        wrong.append(f"left behind: {left}")
+    return wrong
 
 
 def tracked_wrongly(database: Path, undisturbed: Path) -> list[str]:

@@ -76,7 +76,7 @@ def _search_with(
     floor = dense.accuracy - e.ticket.floor / 100
     with (
         JsonLines(folder / "archive.jsonl", interval=SYNC_SECONDS) as archive,
-        JsonLines(folder / "curve.jsonl") as curve,
+        JsonLines(folder / "curve.jsonl", interval=SYNC_SECONDS) as curve,
         stage(f"search {name}", budget) as shown,
     ):
 
