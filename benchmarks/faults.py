@@ -109,13 +109,17 @@ def main() -> None:
             place = folder / f"{name}-{turn}"
             if place.exists():
                 shutil.rmtree(place)
-            if name == "none":
-                found: dict[str, Any] = {
-                    "front": faulty.undisturbed(place, whole, UNDISTURBED[turn])
-                }
-            else:
-                found = faulty.play(name, place, whole, turn)
-            shutil.rmtree(place)
+            found: dict[str, Any]
+            try:
+                if name == "none":
+                    found = {"front": faulty.undisturbed(place, whole, UNDISTURBED[turn])}
+                else:
+                    found = faulty.play(name, place, whole, turn)
+            except stage_set.MissedError as error:
+                print(f"{name}, round {turn}: missed, nothing struck: {error}", flush=True)
+                continue
+            finally:
+                shutil.rmtree(place)
             about = {"key": key, "fault": name, "turn": turn, "commit": results.commit()}
             rows.append({**about, **found})
             print({"fault": name, "turn": turn, **found}, flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.schema import PPOSpec
 
@@ -26,8 +26,8 @@ def start_ray(ppo: PPOSpec) -> None:
     """Connects to `ppo.address` or RAY_ADDRESS, else starts Ray on this machine, quietly, with room
     for the env runners: processes that have imported all they need by the time they are asked for.
 
-    Raises UserError if a cluster is named and cannot be reached, or if this machine has not the
-    GPUs. (A cluster may get them later: it waits.)
+    Raises UserError if a cluster is named and cannot be reached, if Ray does not start here, or if
+    this machine has not the GPUs. (A cluster may get them later: it waits.)
     """
     if ray.is_initialized():
         return
@@ -44,14 +44,20 @@ def start_ray(ppo: PPOSpec) -> None:
         # Torch and RLlib take a process ten seconds, which dense training can hide.
         os.environ.setdefault("RAY_preload_python_modules", "rlcompress.rl.ppo")
         # "local": never join the dying remains of a run that was killed.
-        with _sigterm_kept():
-            ray.init(
-                "local",
-                num_cpus=max(1, ppo.num_env_runners),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **quiet,
-            )
+        try:
+            with _sigterm_kept():
+                ray.init(
+                    "local",
+                    num_cpus=max(1, ppo.num_env_runners),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    **quiet,
+                )
+        except Exception as error:  # what Ray raises where its daemons take more than 30 s
+            raise UserError(
+                f"Ray did not start: {first_line(error)} "
+                "The same command goes on when this machine is less busy"
+            ) from error
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     there = ray.cluster_resources().get("GPU", 0.0)
