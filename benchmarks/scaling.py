@@ -203,7 +203,7 @@ def _evaluate(seed: int, evaluations: int, barrier: Any, answers: Any) -> None:
     answers.put(time.perf_counter() - begun)
 
 
-def first(seed: int) -> dict[str, Any]:
+def first(runners: int) -> dict[str, Any]:
     """Seconds until the archive has its first line, and the first one of an env runner."""
     whole = stage_set.prepare()
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def first(seed: int) -> dict[str, Any]:
         begun = time.perf_counter()
         # The untrained policy's own schedules come first: a twentieth.
         untrained = max(1, round(0.05 * stage_set.BUDGETS["ppo"]))
-        with scene.command("search", "--set", f"ppo.num_env_runners={seed % 2 + 1}") as command:
+        with scene.command("search", "--set", f"ppo.num_env_runners={runners}") as command:
             command.until(lambda: bool(scene.lines()))
             evaluation = time.perf_counter() - begun
             command.until(lambda: len(scene.lines()) > untrained)
@@ -390,7 +390,7 @@ def main() -> None:
             once("benchmarks.overhead", words, part="search", processes=n, seed=seed)
             words = ["--part", "alone", n, seed, options.episodes // 2]
             once(me, words, part="alone", processes=n, seed=seed)
-        once(me, ["--part", "first", 1], part="first", seed=seed)
+        once(me, ["--part", "first", 2], part="first", seed=seed)
         for n in RUNNERS:
             words = ["--part", "driver", n, options.taken]
             once(me, words, part="driver", runners=n, seed=seed)
