@@ -240,7 +240,10 @@ def undisturbed(folder: Path, whole: Path, runners: int) -> float:
 def _again(scene: Scene, verb: str) -> list[str]:
     """The same command again; what is wrong with how it ended."""
     with scene.command(verb) as command:
-        code = command.wait()
+        try:
+            code = command.wait()
+        except subprocess.TimeoutExpired as error:
+            return [f"again: {error}"]
         return [f"again: ended with {code}: {command.said()[-1500:]}"] if code else []
 
 

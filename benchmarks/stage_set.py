@@ -59,8 +59,8 @@ REMOVED = {
     "search": _AFTER_SEARCH,
     "tickets": _AFTER_TICKETS,
 }
-#: Seconds of one command, at most.
-LIMIT = 300.0
+#: Seconds of one command, at most: a busy machine takes minutes to start Ray.
+LIMIT = 900.0
 _POLL = 0.02
 
 

@@ -22,7 +22,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2700)
 @pytest.mark.parametrize("fault", faulty.FAULTS)
 def test_the_same_command_ends_what_a_fault_struck(whole, tmp_path, fault):
     if fault == "disk_full" and os.geteuid() != 0:
