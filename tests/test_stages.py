@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -426,70 +424,3 @@ def test_a_ticket_is_not_made_of_another_experiments_search(ran):
     assert done.returncode == 2
     assert not (ran[0] / "nowhere").exists()
     assert contents(run) == before | {"spec.yaml": contents(run)["spec.yaml"]}
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_killed_while_tickets_train_the_same_command_ends_the_run(tmp_path):
-    """PPO, Ray workers, two tickets; kill -9 when the first epochs of arms are on the disk."""
-    text = EXPERIMENTS.replace("knapsack, episodes: 12", "ppo, episodes: 24")
-    text = text.replace("runners: 0", "runners: 2").replace(
-        "episodes_per", "epochs: 2, episodes_per"
-    )
-    (tmp_path / "experiments.yaml").write_text(text)
-    run = tmp_path / "runs/tiny"
-    victim = subprocess.Popen(
-        [sys.executable, "-m", "rlcompress", "run", "tiny"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    while victim.poll() is None and len([*run.glob("tickets/*/*.checkpoint")]) < 2:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            victim.wait(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    kept = [*run.glob("tickets/*/*.checkpoint")]
-    assert len(kept) >= 2
-    archive = (run / "search/archive.jsonl").read_text()
-    command(tmp_path, "run", "tiny")
-    assert (run / "search/archive.jsonl").read_text() == archive
-    tickets = [json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json")]
-    assert {t["searcher"] for t in tickets} == {"ppo", "uniform"}
-    for ticket in tickets:
-        assert {len(curve) for curve in ticket["curves"].values()} == {2}
-    assert not [*run.glob("tickets/*/*.checkpoint")]
-    before = contents(run)
-    command(tmp_path, "run", "tiny")
-    assert contents(run) == before
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_killed_in_the_middle_of_ppo_it_goes_on(tmp_path):
-    """kill -9 while workers sample; the same command keeps every line and doubles none."""
-    text = EXPERIMENTS.replace("knapsack, episodes: 12", "ppo, episodes: 60")
-    (tmp_path / "experiments.yaml").write_text(text.replace("runners: 0", "runners: 1"))
-    archive = tmp_path / "runs/tiny/search/archive.jsonl"
-    words = [sys.executable, "-m", "rlcompress", "search", "tiny", "--set", "search.baselines=[]"]
-    victim = subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    while victim.poll() is None and len(_lines(archive)) < 12:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            victim.wait(0.05)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    before = _lines(archive)
-    assert 12 <= len(before) < 60
-    command(tmp_path, "search", "tiny", "--set", "search.baselines=[]")
-    after = _lines(archive)
-    assert after[: len(before)] == before
-    evaluations = [record.evaluation for record in read_archive(archive)]
-    assert evaluations == list(range(1, 61))
-
-
-def _lines(archive: Path) -> list[str]:
-    """Whole lines only."""
-    if not archive.exists():
-        return []
-    text = archive.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()

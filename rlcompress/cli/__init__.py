@@ -13,5 +13,6 @@ from rlcompress.cli.app import app
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The console entry. Ends in SystemExit: 0, 2 on a user's mistake, 130 when interrupted."""
+    """The console entry. Ends in SystemExit: 0, 2 on a user's mistake, 130 when interrupted,
+    143 on SIGTERM."""
     app(args=args, prog_name="rlcompress")

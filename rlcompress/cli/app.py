@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import shlex
+import signal
 import sys
-from typing import Annotated, Any
+import threading
+from collections.abc import Iterator
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -13,21 +18,56 @@ from rlcompress import __version__
 from rlcompress.core.errors import UserError
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which a spot machine's end, a scheduler and `ray job stop` send."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """In here the first SIGTERM ends the work as Ctrl-C does; a second one ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class _Verbs(TyperGroup):
     """Ends a verb in plain lines and an exit code, where Python would show a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _sigterm_raises():
+                return super().invoke(ctx)
         except UserError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _to_go_on(f"{error.filename or 'disk'}: {error.strerror}; free some first.")
+            raise typer.Exit(2) from None
+        except _Terminated:
+            _to_go_on("\nStopped by SIGTERM.")
+            raise typer.Exit(143) from None
         except KeyboardInterrupt:
-            # With --fresh the same command would start over instead of going on.
-            words = [word for word in sys.argv[1:] if word != "--fresh"]
-            typer.echo("\nInterrupted. What is measured is kept; to go on:", err=True)
-            typer.echo(f"  rlcompress {shlex.join(words)}", err=True)
+            _to_go_on("\nInterrupted.")
             raise typer.Exit(130) from None
+
+
+def _to_go_on(why: str) -> None:
+    # With --fresh the same command would start over instead of going on.
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    typer.echo(f"{why} What is measured is kept; to go on:", err=True)
+    typer.echo(f"  rlcompress {shlex.join(words)}", err=True)
 
 
 app = typer.Typer(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,11 +18,25 @@ from rlcompress.core.schedule import Record
 def save_bytes(path: Path, content: bytes) -> None:
     """By temporary file, flush and rename: a reader sees all or nothing."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with _named(path), open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk stays usable
+        raise
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of writing says where: Python's own does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def save_json(path: Path, content: Any) -> None:
@@ -28,26 +45,40 @@ def save_json(path: Path, content: Any) -> None:
 
 
 class JsonLines:
-    """An append-only file: each line is flushed to the disk before `append` returns.
+    """An append-only file: the system has each line before `append` returns, so that it outlives
+    this process, and the disk has it too if it was not asked within the last `interval` seconds.
+    `sync` and `close` ask it. (It takes milliseconds: with one a line, no driver takes in more
+    than some hundred lines a second.)
 
     A last line without its newline was cut off by a crash; it is removed on opening.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, interval: float = 0.0) -> None:
+        self.path, self.interval = path, interval
+        self._synced = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab+")  # noqa: SIM115 (closed by `close`)
+        # Unbuffered: a line that did not fit is not tried again on closing.
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by `close`)
         self._file.seek(0)
         whole = self._file.read().rfind(b"\n") + 1
         self._file.truncate(whole)
 
     def append(self, line: str) -> None:
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        rest = line.encode() + b"\n"
+        with _named(self.path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            if time.monotonic() - self._synced >= self.interval:
+                self.sync()
+
+    def sync(self) -> None:
         os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
 
     def __enter__(self) -> JsonLines:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -42,6 +43,30 @@ def archive_front(records: Iterable[Record], score: str = "kl") -> list[Record]:
     By default KL, not accuracy: accuracy on a few hundred images saturates and ties.
     """
     return front(list(records), lambda r: (r.measurement.bytes, r.measurement.error(score)))
+
+
+class Front:
+    """The nondominated pairs of costs (both minimised) of all that were added, kept up one by one
+    in O(log N): `archive_front` of an archive that grows would be O(N) a record."""
+
+    def __init__(self) -> None:
+        # The first ascending, and so the second descending.
+        self._first: list[float] = []
+        self._second: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def add(self, first: float, second: float) -> bool:
+        """Whether no other dominates or equals it."""
+        behind = bisect_right(self._first, first)
+        if behind and self._second[behind - 1] <= second:
+            return False
+        begin = end = bisect_left(self._first, first)
+        while end < len(self) and self._second[end] >= second:
+            end += 1
+        self._first[begin:end], self._second[begin:end] = [first], [second]
+        return True
 
 
 def rank_at_floor(accuracy: float, floor: float, density: float) -> tuple[bool, float]:

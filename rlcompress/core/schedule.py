@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 #: Weight bits that mean "not quantized": the layer keeps 32-bit floats.
@@ -126,7 +126,7 @@ class Measurement:
     unexplained: float | None = None
 
     def to_dict(self) -> dict[str, float | int | None]:
-        return asdict(self)
+        return dict(vars(self))  # `asdict` would copy every number deeply
 
     def error(self, score: str = "kl") -> float:
         """How far from the dense network, by one of `SCORES`; less is better."""

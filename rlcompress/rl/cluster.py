@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.schema import PPOSpec
 
@@ -22,8 +26,8 @@ def start_ray(ppo: PPOSpec) -> None:
     """Connects to `ppo.address` or RAY_ADDRESS, else starts Ray on this machine, quietly, with room
     for the env runners: processes that have imported all they need by the time they are asked for.
 
-    Raises UserError if a cluster is named and cannot be reached, or if this machine has not the
-    GPUs. (A cluster may get them later: it waits.)
+    Raises UserError if a cluster is named and cannot be reached, if Ray does not start here, or if
+    this machine has not the GPUs. (A cluster may get them later: it waits.)
     """
     if ray.is_initialized():
         return
@@ -31,7 +35,8 @@ def start_ray(ppo: PPOSpec) -> None:
     address = ppo.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, **quiet)
+            with _sigterm_kept():
+                ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"ppo.address = {address}: no Ray cluster there: {error}") from error
     else:
@@ -39,13 +44,20 @@ def start_ray(ppo: PPOSpec) -> None:
         # Torch and RLlib take a process ten seconds, which dense training can hide.
         os.environ.setdefault("RAY_preload_python_modules", "rlcompress.rl.ppo")
         # "local": never join the dying remains of a run that was killed.
-        ray.init(
-            "local",
-            num_cpus=max(1, ppo.num_env_runners),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        try:
+            with _sigterm_kept():
+                ray.init(
+                    "local",
+                    num_cpus=max(1, ppo.num_env_runners),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    **quiet,
+                )
+        except Exception as error:  # what Ray raises where its daemons take more than 30 s
+            raise UserError(
+                f"Ray did not start: {first_line(error)} "
+                "The same command goes on when this machine is less busy"
+            ) from error
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     there = ray.cluster_resources().get("GPU", 0.0)
@@ -55,6 +67,17 @@ def start_ray(ppo: PPOSpec) -> None:
             f"ppo.num_gpus_per_env_runner = {ppo.num_gpus_per_env_runner}: {ppo.num_env_runners} "
             f"env runners need {needed:g} GPUs, this machine has {there:g}"
         )
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """`ray.init` puts a handler of its own in place of ours."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def share(bundle: Bundle) -> Any:

@@ -8,6 +8,7 @@ are the trained policy's best guesses over the sizes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from rlcompress.searchers.base import Settings, in_process, probed, targets
 #: Share of the evaluations for the untrained and for the trained policy's own schedules.
 FIRST, LAST = 0.05, 0.15
 REGISTERED = "rlcompress-environment"
+#: Between two times that the policy is written, where iterations are shorter.
+SAVE_SECONDS = 1.0
 
 
 def search(
@@ -52,7 +55,8 @@ def search(
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[Record]:
     """Trains and yields every measured schedule. Goes on behind `history` with the policy last
-    saved in `folder` (`policy.safetensors`), which is written after every iteration.
+    saved in `folder` (`policy.safetensors`), which is written after every iteration
+    (of short ones, every second, and after the last).
 
     begin         folder of the policy to start from, in place of the untrained one
     on_iteration  gets a row of the learning curve: evaluation, mean_return, entropy, loss
@@ -111,14 +115,17 @@ def search(
             seed=settings.seed + 1000 * count,
         )
         with playing(algorithm_config) as (algorithm, iteration):
+            saved = -SAVE_SECONDS
             while count + batch <= end:
                 result, rows = iteration()
                 for info in rows:
                     if count < total:
                         yield record(info)
-                policy = trained(algorithm, shape)
-                about = {"evaluations": count, "seed": settings.seed, **environment_options(ppo)}
-                save_policy(folder, policy, about)
+                if count + batch > end or time.monotonic() - saved >= SAVE_SECONDS:
+                    policy = trained(algorithm, shape)
+                    about = {"evaluations": count, "seed": settings.seed}
+                    save_policy(folder, policy, about | environment_options(ppo))
+                    saved = time.monotonic()
                 if rows:
                     on_iteration(curve_row(result, rows, "ppo", count))
     policy.eval()

@@ -38,6 +38,9 @@ def _prepare(run: Workspace) -> None:
     ppo, search = run.experiment.ppo, run.experiment.search
     if (run.folder / "tracked.json").exists() or "ppo" not in (search.searcher, *search.baselines):
         return
+    uniform = "uniform" in search.baselines and search.searcher != "uniform"
+    if len(run.tickets()) >= run.experiment.ticket.top + uniform:
+        return  # what is left needs no workers
     if ppo.num_env_runners:
         # In this thread: Ray's processes die with the thread that started them.
         importlib.import_module("rlcompress.rl.cluster").start_ray(ppo)

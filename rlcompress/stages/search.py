@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from rlcompress import searchers
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import JsonLines, save_json
-from rlcompress.core.pareto import archive_front, best_at_floor
-from rlcompress.core.schedule import Record
-from rlcompress.live import console, stage
+from rlcompress.core.pareto import Front, archive_front, best_at_floor
+from rlcompress.core.schedule import Measurement, Record
+from rlcompress.live import Stage, console, stage
 from rlcompress.searchers import Settings
 from rlcompress.stages.describe import notes
 from rlcompress.stages.policies import begin_with, find_policy
@@ -21,6 +22,8 @@ from rlcompress.stages.workspace import Workspace
 
 #: Searchers that play `search.policy`.
 PLAYED = {"ppo", "transfer"}
+#: Between two times that the disk is asked for the archive, while records come faster.
+SYNC_SECONDS = 0.1
 
 
 def search_all(run: Workspace) -> list[Record]:
@@ -88,27 +91,53 @@ def _search_with(
     dense = run.problem.dense
     floor = dense.accuracy - e.ticket.floor / 100
     with (
-        JsonLines(folder / "archive.jsonl") as archive,
-        JsonLines(folder / "curve.jsonl") as curve,
+        JsonLines(folder / "archive.jsonl", interval=SYNC_SECONDS) as archive,
+        JsonLines(folder / "curve.jsonl", interval=SYNC_SECONDS) as curve,
         stage(f"search {name}", budget) as shown,
     ):
-        done = list(history)
-        for record in _records(run, name, settings, history, curve, policy):
-            archive.append(record.to_json())
-            done.append(record)
-            best = best_at_floor(done, floor)
-            shown.update(
-                record.evaluation,
-                f"front {len(archive_front(done))}  "
-                + (
-                    f"best {dense.bytes / best.measurement.bytes:.1f}x "
-                    f"{best.measurement.accuracy:.1%} "
-                    f"{best.measurement.density:.0f} %/MB"
-                    if best
-                    else f"none yet at {floor:.1%}"
-                ),
-            )
+
+        def on_iteration(row: dict[str, Any]) -> None:
+            archive.sync()
+            curve.append(json.dumps(row))
+
+        keep = Keeper(archive, shown, dense, floor, history)
+        for record in _records(run, name, settings, history, on_iteration, policy):
+            keep(record)
             records.append(record)
+
+
+class Keeper:
+    """What the driver does with each record: a line of the archive, front and best kept up, and
+    shown. `history` is in the archive already; `floor` is an accuracy (0-1)."""
+
+    def __init__(
+        self,
+        archive: JsonLines,
+        shown: Stage,
+        dense: Measurement,
+        floor: float,
+        history: Iterable[Record] = (),
+    ) -> None:
+        self.archive, self.shown = archive, shown
+        self.dense, self.floor = dense, floor
+        self.front, self.best = Front(), best_at_floor(history, floor)
+        for record in history:
+            self.front.add(record.measurement.bytes, record.measurement.kl)
+
+    def __call__(self, record: Record) -> None:
+        self.archive.append(record.to_json())
+        self.front.add(record.measurement.bytes, record.measurement.kl)
+        self.best = best_at_floor([r for r in (self.best, record) if r], self.floor)
+        self.shown.update(record.evaluation, self._said())
+
+    def _said(self) -> str:
+        if self.best is None:
+            return f"front {len(self.front)}  none yet at {self.floor:.1%}"
+        best = self.best.measurement
+        return (
+            f"front {len(self.front)}  best {self.dense.bytes / best.bytes:.1f}x "
+            f"{best.accuracy:.1%} {best.density:.0f} %/MB"
+        )
 
 
 def _records(
@@ -116,7 +145,7 @@ def _records(
     name: str,
     settings: Settings,
     history: Sequence[Record],
-    curve: JsonLines,
+    on_iteration: Callable[[dict[str, Any]], None],
     policy: Path | None,
 ) -> Iterator[Record]:
     e = run.experiment.ppo
@@ -147,7 +176,7 @@ def _records(
         ppo=e,
         folder=run.folder / "search" / "policy",
         begin=policy,
-        on_iteration=lambda row: curve.append(json.dumps(row)),
+        on_iteration=on_iteration,
     )
 
 

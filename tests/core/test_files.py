@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
+import subprocess
+from collections import deque
 
 import pytest
 import torch
@@ -28,12 +33,37 @@ def test_an_unterminated_last_line_is_dropped_and_the_rest_goes_on(scratch, whol
     assert scratch.read_bytes().decode() == "".join(line + "\n" for line in whole + more)
 
 
-def test_each_line_is_on_the_disk_when_append_returns(tmp_path):
+@pytest.mark.parametrize("interval", [0.0, 3600.0])
+def test_each_line_can_be_read_when_append_returns(tmp_path, interval):
     path = tmp_path / "folder" / "archive.jsonl"
-    with JsonLines(path) as file:
+    with JsonLines(path, interval=interval) as file:
         for count in (1, 2, 3):
             file.append(RECORD.to_json())
             assert read_archive(path) == [RECORD] * count
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small tmpfs")
+def test_a_full_disk_is_named_and_leaves_whole_lines_and_files(tmp_path):
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(full)], check=True)
+    try:
+        path, text = full / "archive.jsonl", RECORD.to_json()
+        file = JsonLines(path)
+        with pytest.raises(OSError, match=r"No space left on device.*archive\.jsonl") as caught:
+            deque(map(file.append, itertools.repeat(text)))
+        assert caught.value.errno == errno.ENOSPC
+        file.close()
+        count = path.read_text().count("\n")
+        assert count > 100
+        assert read_archive(path) == [RECORD] * count
+        with pytest.raises(OSError, match=r"No space left on device.*spec\.json"):
+            save_json(full / "spec.json", "x" * 2**17)
+        assert [p.name for p in full.iterdir()] == ["archive.jsonl"]
+        with JsonLines(path) as again:  # cuts off the half line
+            assert again.path.read_text() == (text + "\n") * count
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
 
 
 def test_no_archive_is_an_empty_one(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rlcompress.core.pareto import (
+    Front,
     archive_front,
     best_at_floor,
     front,
@@ -34,6 +35,20 @@ def test_nondominated_is_what_brute_force_finds(costs):
         for i, row in enumerate(costs)
     ]
     assert nondominated(costs).tolist() == wanted
+
+
+@given(costs=points)
+def test_a_front_kept_up_one_by_one_is_the_front_of_all(costs):
+    kept = Front()
+    for end, (first, second) in enumerate(costs.tolist(), start=1):
+        before = len(front(costs[: end - 1].tolist(), lambda row: (row[0], row[1])))
+        joined = kept.add(first, second)
+        now = front(costs[:end].tolist(), lambda row: (row[0], row[1]))
+        assert len(kept) == len(now)
+        assert joined == (
+            [first, second] in now and [first, second] not in costs[: end - 1].tolist()
+        )
+        assert joined or len(now) == before
 
 
 @given(costs=points)
