@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from rlcompress import __version__
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import OutsideError, UserError
 
 
 class _Verbs(TyperGroup):
@@ -22,6 +22,9 @@ class _Verbs(TyperGroup):
         except UserError as error:
             typer.echo(str(error), err=True)
             raise typer.Exit(2) from None
+        except OutsideError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(3) from None
         except KeyboardInterrupt:
             # With --fresh the same command would start over instead of going on.
             words = [word for word in sys.argv[1:] if word != "--fresh"]

@@ -44,6 +44,8 @@ _SHORTS: dict[str, Any] = {
     ),
 }
 FILE = Path("experiments.yaml")
+#: Where run folders go without --out. A job's working folder is deleted behind it.
+RUNS = "RLCOMPRESS_RUNS"
 
 
 def open_run(
@@ -65,17 +67,22 @@ def open_run(
     # A short option as --set: every verb takes that.
     words += [word for text in overrides for word in ("--set", text)]
     words += ["--out", str(out)] if out else []
-    folder = out or Path("runs") / name
-    _check_folder(folder)
+    folder = out or Path(os.environ.get(RUNS, "runs")).expanduser() / name
+    check_folder(folder)
+    if fresh and experiment.storage:
+        raise UserError(
+            f"--fresh: storage = {experiment.storage} keeps the old run and is not moved; name "
+            "another place with --set storage=PLACE"
+        )
     if fresh:
-        _move_aside(folder)
+        move_aside(folder)
 
     from rlcompress import stages
 
     return stages.Run(name, experiment, folder, words)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{folder}: {there} is a file; name another folder with --out DIR")
@@ -83,7 +90,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: {there} cannot be written; name another with --out DIR")
 
 
-def _move_aside(folder: Path) -> None:
+def move_aside(folder: Path) -> None:
     folder = folder.resolve()
     if not folder.exists() or not any(folder.iterdir()):
         return

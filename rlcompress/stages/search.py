@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlcompress import searchers
 from rlcompress.core.files import JsonLines, save_json
@@ -112,6 +113,10 @@ def _records(
         return searchers.find(name)(run.problem, settings, history, measure)
     from rlcompress.rl import ppo
 
+    def iteration(row: dict[str, Any]) -> None:
+        curve.append(json.dumps(row))
+        run.keep()
+
     return ppo.search(
         run.bundle,
         run.problem,
@@ -119,5 +124,5 @@ def _records(
         history,
         ppo=e,
         folder=run.folder / "search" / "policy",
-        on_iteration=lambda row: curve.append(json.dumps(row)),
+        on_iteration=iteration,
     )
