@@ -19,7 +19,7 @@ token="$PWD/.ray-token-$SLURM_JOB_ID"
 head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 first="$(hostname)"
-ip="$(hostname --ip-address | awk '{print $1}')"
+ip="$(hostname --all-ip-addresses | awk '{print $1}')"
 port=$((20000 + SLURM_JOB_ID % 10000))
 driver=""
 
@@ -45,5 +45,9 @@ fi
 RAY_ADDRESS="$ip:$port" python -m rlcompress run "$@" &
 driver=$!
 # A signal ends `wait`, not the driver.
-while code=0 && ! wait "$driver" && code=$? && kill -0 "$driver" 2>/dev/null; do :; done
+while :; do
+    code=0
+    wait "$driver" || code=$?
+    kill -0 "$driver" 2>/dev/null || break
+done
 exit "$code"

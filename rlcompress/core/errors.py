@@ -13,7 +13,7 @@ class UserError(ValueError):
         super().__init__("\n".join(lines))
 
 
-class OutsideError(RuntimeError):
+class OutsideError(Exception):
     """The world outside failed, a cluster say: shown as plain lines, exit code 3."""
 
 

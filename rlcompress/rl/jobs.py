@@ -138,26 +138,28 @@ class Cluster:
         """Hands the job's log to `write` as it grows; in the end the job's exit code. A lost
         connection is made again for a while."""
         self._info(job)  # a job that is not there will not come
-        seen, deadline = 0, time.monotonic() + PATIENCE
+        seen, lost = 0, 0.0
 
         async def tail() -> None:
-            nonlocal seen, deadline
+            nonlocal seen, lost
             begin = 0
             async for text in self.client.tail_job_logs(job):
                 # A log that is followed anew comes from its beginning.
                 write(text[max(0, seen - begin) :])
                 begin += len(text)
-                seen = max(seen, begin)
-                deadline = time.monotonic() + PATIENCE
+                seen, lost = max(seen, begin), 0.0
 
         while True:
             try:
                 asyncio.run(tail())
                 info = self._info(job)
-            except (OutsideError, RuntimeError, OSError):
-                if time.monotonic() > deadline:
-                    raise
+            except Exception as error:  # Ray's, aiohttp's and the system's
+                lost = lost or time.monotonic()
+                if time.monotonic() - lost > PATIENCE:
+                    said = f"{self.address}: lost: {first_line(error)}"
+                    raise OutsideError(said) from error
             else:
+                lost = 0.0
                 if info.status.is_terminal():
                     return _exit_code(info, write)
             time.sleep(1.0)

@@ -30,9 +30,9 @@ def toy():
     ray.shutdown()
 
 
-def search(toy, folder, runners, history=()):
+def search(toy, folder, runners, history=(), budget=BUDGET):
     settings = PPOSpec(num_env_runners=runners, episodes_per_iteration=8, epochs=2)
-    return ppo.search(*toy, BUDGET, list(history), ppo=settings, folder=folder)
+    return ppo.search(*toy, budget, list(history), ppo=settings, folder=folder)
 
 
 def test_the_same_archive_with_0_and_with_1_env_runner(toy, tmp_path):
@@ -54,9 +54,13 @@ def test_with_2_env_runners_the_same_measurements_for_the_same_schedules(toy, tm
 
 
 def test_a_search_goes_on_with_another_number_of_env_runners(toy, tmp_path):
-    lines = list(islice(search(toy, tmp_path, 1), 11))
-    for runners, more in ((2, 9), (0, 26)):
-        lines += list(islice(search(toy, tmp_path, runners, lines), more))
-    assert [r.evaluation for r in lines] == list(range(1, 27))
-    drawn = [r.target for r in lines[1:22]]
+    budget = Settings(44, (4.0, 8.0), 0)
+    lines = list(islice(search(toy, tmp_path, 1, budget=budget), 11))
+    before, kept = list(lines), (tmp_path / "policy.safetensors").read_bytes()
+    for runners, more in ((2, 9), (0, 44)):
+        lines += list(islice(search(toy, tmp_path, runners, lines, budget), more))
+    assert lines[:11] == before
+    assert [r.evaluation for r in lines] == list(range(1, 45))
+    drawn = [r.target for r in lines[2:28]]
     assert len(set(drawn)) == len(drawn)  # no episode is played again
+    assert (tmp_path / "policy.safetensors").read_bytes() != kept  # it learned on
