@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -55,6 +55,8 @@ class Nodes:
                 with contextlib.suppress(subprocess.CalledProcessError):
                     self._ip(f"netns del {self._name(number)}")
             self._ip(f"link del br{self.tag}")
+        for number in range(len(self.processes)):
+            shutil.rmtree(f"/tmp/r{self.tag}{number}", ignore_errors=True)
 
     def head(self, cpus: int) -> None:
         ip = f"{NETWORK}.10" if self.namespaces else "127.0.0.1"
@@ -64,16 +66,13 @@ class Nodes:
         words += [f"--dashboard-host={ip}", f"--dashboard-port={dashboard}"]
         self.address, self.jobs = f"{ip}:{port}", f"http://{ip}:{dashboard}"
         self._start(cpus, words, [])
-        self._wait(1)
 
     def worker(self, cpus: int, hide: Sequence[Path] = ()) -> subprocess.Popen[bytes]:
         """`hide`: folders that the node sees empty, as another machine would."""
         words = [f"--address={self.address}"]
         if self.namespaces:
             words.append(f"--node-ip-address={NETWORK}.{10 + len(self.processes)}")
-        process = self._start(cpus, words, hide)
-        self._wait(len(self.processes))
-        return process
+        return self._start(cpus, words, hide)
 
     def kill(self, process: subprocess.Popen[bytes], kind: int = signal.SIGKILL) -> None:
         """Ends a node and all it started."""
@@ -100,17 +99,14 @@ class Nodes:
         token = Path(self.auth["RAY_AUTH_TOKEN_PATH"]).read_text()
         return {"Authorization": f"Bearer {token}"}
 
-    def _wait(self, count: int) -> None:
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline:
+    def _joined(self, process: subprocess.Popen[bytes]) -> bool:
+        """Waits until as many nodes are up as were started; false if this one gave up."""
+        while process.poll() is None:
             with contextlib.suppress(requests.RequestException, KeyError, ValueError, TypeError):
-                if len(self.alive()) >= count:
-                    return
-            if self.processes[-1].poll() is not None:
-                break
+                if len(self.alive()) >= len(self.processes):
+                    return True
             time.sleep(0.5)
-        number = len(self.processes) - 1
-        raise TimeoutError((self.folder / f"node{number}.log").read_text()[-3000:])
+        return False
 
     def _name(self, number: int) -> str:
         return f"n{self.tag}{number}"
@@ -138,23 +134,18 @@ class Nodes:
             script = f"{mounts}exec {shlex.join(command)}"
             command = ["ip", "netns", "exec", name, "sh", "-c", script]
         env = {**self.env, "HOME": str(home), "RAY_TMPDIR": scratch}
-        with (self.folder / f"node{number}.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True
-            )
-        self.processes.append(process)
-        return process
+        path = self.folder / f"node{number}.log"
+        # Ray gives a node 30 s to come up, which on a busy machine it may not have.
+        for _ in range(4):
+            with path.open("wb") as log:
+                process = subprocess.Popen(
+                    command, cwd=home, env=env, stdout=log, stderr=log, start_new_session=True
+                )
+            self.processes[number:] = [process]
+            if self._joined(process):
+                return process
+        raise TimeoutError(path.read_text()[-3000:])
 
     @staticmethod
     def _ip(words: str) -> None:
         subprocess.run(["ip", *words.split()], check=True, capture_output=True)
-
-
-@contextlib.contextmanager
-def nodes(folder: Path) -> Iterator[Nodes]:
-    with Nodes(folder) as made:
-        try:
-            yield made
-        finally:
-            for number in range(len(made.processes)):
-                shutil.rmtree(f"/tmp/r{made.tag}{number}", ignore_errors=True)

@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from rlcompress.core.files import read_archive
-from tests.ray_nodes import nodes
+from tests.ray_nodes import Nodes
 from tests.shell import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -38,7 +38,7 @@ experiments:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with nodes(tmp_path_factory.mktemp("cluster")) as made:
+    with Nodes(tmp_path_factory.mktemp("cluster")) as made:
         made.head(cpus=0)
         for _ in range(2):
             made.worker(cpus=1, hide=[ROOT / "rlcompress", ROOT / "envs"])
