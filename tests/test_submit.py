@@ -54,6 +54,14 @@ def test_a_mistake_is_told_in_a_line_and_nothing_is_written(checkout, words, sai
     assert sorted(checkout.rglob("*")) == before
 
 
+def test_a_folder_that_is_no_run_is_not_moved_for_one(checkout):
+    (checkout / "mine").mkdir()
+    (checkout / "mine" / "thesis.tex").write_text("")
+    done = rlcompress(checkout, "submit", "quickstart", "--out", "mine")
+    assert done.returncode == 2
+    assert "mine: not a run folder" in done.stderr
+
+
 def test_an_experiments_file_that_is_not_uploaded_is_refused(checkout, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "mine.yaml"
     shutil.copy(ROOT / "experiments.yaml", elsewhere)

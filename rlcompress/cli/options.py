@@ -90,15 +90,22 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: {there} cannot be written; name another with --out DIR")
 
 
-def move_aside(folder: Path) -> None:
-    folder = folder.resolve()
+def check_movable(folder: Path) -> bool:
+    """Whether something is there. Raises UserError unless it is a run."""
     if not folder.exists() or not any(folder.iterdir()):
-        return
+        return False
     if not (folder / "spec.yaml").exists():
         raise UserError(
-            f"{folder}: not a run folder (no spec.yaml in it), so --fresh does not move it;"
+            f"{folder}: not a run folder (no spec.yaml in it), so it is not moved;"
             " name another with --out DIR"
         )
+    return True
+
+
+def move_aside(folder: Path) -> None:
+    folder = folder.resolve()
+    if not check_movable(folder):
+        return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1

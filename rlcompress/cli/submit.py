@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlcompress.cli.app import app
-from rlcompress.cli.options import FILE, File, Fresh, Name, Out, Sets, check_folder, move_aside
+from rlcompress.cli.options import (
+    FILE,
+    File,
+    Fresh,
+    Name,
+    Out,
+    Sets,
+    check_folder,
+    check_movable,
+    move_aside,
+)
 from rlcompress.core.errors import OutsideError, UserError
 
 if TYPE_CHECKING:
@@ -72,6 +82,8 @@ def submit(
         raise UserError(f"--fresh: {verb} does not start over; run and search do")
     folder = out or Path("runs") / name
     check_folder(folder)
+    if experiment.storage is None:
+        check_movable(folder)
     words = ["python", "-m", "rlcompress", verb, name]
     words += [] if file == FILE else ["--file", _inside(file)]
     words += [word for text in sets or () for word in ("--set", text)]
@@ -86,6 +98,7 @@ def submit(
     again = ["rlcompress", "submit", name, "--address", cluster.address, "--follow", job]
     again += ["--file", str(file)] if file != FILE else []
     again += ["--out", str(out)] if out else []
+    again += [word for text in sets or () for word in ("--set", text)]
     commands = [
         f"to follow it: {shlex.join(again)}",
         f"to stop it:   ray job stop --address {shlex.quote(cluster.address)} {job}",
