@@ -47,6 +47,7 @@ _UNHASHED: Any = {
     "description": True,
     "device": True,
     "threads": True,
+    "storage": True,
     "ppo": {
         "address",
         "num_env_runners",
@@ -474,6 +475,10 @@ class Experiment(_Section):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of PyTorch; null = half the cores"
     )
+    storage: str | None = Field(
+        None,
+        description="folder, s3:// or gs:// that keeps a copy of the run folder, to go on from",
+    )
     description: str = Field("", description="one line for `rlcompress ls`")
 
 
@@ -481,8 +486,8 @@ def spec_hash(experiment: Experiment, *sections: str) -> str:
     """Twelve hex digits that name what an experiment computes, or what `sections` of it do.
 
     Options at their default stay out, so that a new option orphans no old run. So does what
-    changes no result: tracking, description, device, threads, ppo.address and the number and
-    share of the env runners. Raises ValueError on a section that does not exist.
+    changes no result: tracking, storage, description, device, threads, ppo.address and the number
+    and share of the env runners. Raises ValueError on a section that does not exist.
     """
     unknown = [name for name in sections if name not in Experiment.model_fields]
     if unknown:

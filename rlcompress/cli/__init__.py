@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlcompress.cli import compress, experiment, overview, tickets  # noqa: F401
+from rlcompress.cli import compress, experiment, overview, submit, tickets  # noqa: F401
 from rlcompress.cli.app import app
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The console entry. Ends in SystemExit: 0, 2 on a user's mistake, 130 when interrupted,
-    143 on SIGTERM."""
+    """The console entry. Ends in SystemExit: 0, 2 on a user's mistake, 3 where the world outside
+    failed, 130 when interrupted, 143 on SIGTERM."""
     app(args=args, prog_name="rlcompress")

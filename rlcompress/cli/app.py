@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from rlcompress import __version__
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import OutsideError, UserError
 
 
 class _Terminated(KeyboardInterrupt):
@@ -58,6 +58,9 @@ class _Verbs(TyperGroup):
         except _Terminated:
             _to_go_on("\nStopped by SIGTERM.")
             raise typer.Exit(143) from None
+        except OutsideError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(3) from None
         except KeyboardInterrupt:
             _to_go_on("\nInterrupted.")
             raise typer.Exit(130) from None

@@ -44,6 +44,8 @@ _SHORTS: dict[str, Any] = {
     ),
 }
 FILE = Path("experiments.yaml")
+#: Where run folders go without --out. A job's working folder is deleted behind it.
+RUNS = "RLCOMPRESS_RUNS"
 
 
 def open_run(
@@ -65,10 +67,15 @@ def open_run(
     # A short option as --set: every verb takes that.
     words += [word for text in overrides for word in ("--set", text)]
     words += ["--out", str(out)] if out else []
-    folder = out or Path("runs") / name
+    folder = out or Path(os.environ.get(RUNS, "runs")).expanduser() / name
     check_folder(folder)
+    if fresh and experiment.storage:
+        raise UserError(
+            f"--fresh: storage = {experiment.storage} keeps the old run and is not moved; name "
+            "another place with --set storage=PLACE"
+        )
     if fresh:
-        _move_aside(folder)
+        move_aside(folder)
 
     from rlcompress import stages
 
@@ -83,15 +90,22 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: {there} cannot be written; name another with --out DIR")
 
 
-def _move_aside(folder: Path) -> None:
-    folder = folder.resolve()
+def check_movable(folder: Path) -> bool:
+    """Whether something is there. Raises UserError unless it is a run."""
     if not folder.exists() or not any(folder.iterdir()):
-        return
+        return False
     if not (folder / "spec.yaml").exists():
         raise UserError(
-            f"{folder}: not a run folder (no spec.yaml in it), so --fresh does not move it;"
+            f"{folder}: not a run folder (no spec.yaml in it), so it is not moved;"
             " name another with --out DIR"
         )
+    return True
+
+
+def move_aside(folder: Path) -> None:
+    folder = folder.resolve()
+    if not check_movable(folder):
+        return
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1

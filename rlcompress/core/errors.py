@@ -13,6 +13,10 @@ class UserError(ValueError):
         super().__init__("\n".join(lines))
 
 
+class OutsideError(Exception):
+    """The world outside failed, a cluster say: shown as plain lines, exit code 3."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what it says; its class where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
@@ -14,8 +14,6 @@ from rlcompress.rl.cluster import problem_of
 from rlcompress.rl.play import ENVIRONMENT
 
 RECORDS = "records"
-
-_instances = itertools.count()
 
 
 def make(context: Mapping[str, Any]) -> gym.vector.VectorEnv[Any, Any, Any]:
@@ -37,8 +35,8 @@ def make(context: Mapping[str, Any]) -> gym.vector.VectorEnv[Any, Any, Any]:
 
 
 class CompressionCallbacks(RLlibCallback):
-    """Gives every episode's targets a stream of their own, and sends every finished episode's
-    schedule and measurement along with the metrics.
+    """Gives every episode's targets, and every runner's actions, a stream of their own, and sends
+    every finished episode's schedule and measurement along with the metrics.
 
     RLlib repeats reset seeds in `complete_episodes` mode and shares them between runners. Here
     `env_config["seed"]`, a list of integers, seeds the streams with the runner's and the
@@ -51,12 +49,22 @@ class CompressionCallbacks(RLlibCallback):
     ) -> None:
         # Not in `make`: RLlib does not tell a vector environment's maker the runner's number.
         runner = max(1, env_runner.worker_index)
-        seeds = [[*env_context["seed"], runner, next(_instances)] for _ in range(env.num_envs)]
+        # An environment made anew goes on with other targets.
+        env_runner.made = getattr(env_runner, "made", 0) + 1
+        about = [*env_context["seed"], runner, env_runner.made]
+        env_runner.action_seed = about
+        seeds = [[*about, lane] for lane in range(env.num_envs)]
         if isinstance(env, gym.vector.SyncVectorEnv):
             for one, seed in zip(env.envs, seeds, strict=True):
                 one.get_wrapper_attr("own_stream")(seed)
         else:
             env.own_streams(seeds)
+
+    def on_episode_start(self, *, env_runner: Any, **kwargs: Any) -> None:
+        # The first moment at which there is a module.
+        if env_runner.module.stream is None:
+            (seed,) = np.random.SeedSequence(env_runner.action_seed).generate_state(1, np.uint64)
+            env_runner.module.stream = torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
     def on_episode_end(
         self, *, episode: Any, env_runner: Any, metrics_logger: Any, **kwargs: Any

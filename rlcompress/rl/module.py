@@ -14,7 +14,12 @@ from rlcompress.core.policy import Policy, PolicyShape
 
 class PolicyModule(TorchRLModule, ValueFunctionAPI):
     """`model_config["shape"]` is a `PolicyShape` as a dict; `model_config["weights"]`, if given,
-    a state dict of numpy arrays to start from."""
+    a state dict of numpy arrays to start from.
+
+    `stream`, if set, draws the actions: torch's own generator is the learner's too where both are
+    in one process, and then says other things with 0 than with 1 remote runner."""
+
+    stream: torch.Generator | None = None
 
     def setup(self) -> None:
         self.policy = Policy(PolicyShape(**self.model_config["shape"]))
@@ -25,6 +30,16 @@ class PolicyModule(TorchRLModule, ValueFunctionAPI):
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         logits, _ = self.policy(batch[Columns.OBS])
         return {Columns.ACTION_DIST_INPUTS: logits}
+
+    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        output = self._forward(batch)
+        if self.stream is not None:
+            # On the CPU: the stream's device, and the next thing RLlib does with actions.
+            chances = output[Columns.ACTION_DIST_INPUTS].cpu().log_softmax(-1)
+            drawn = torch.multinomial(chances.double().exp(), 1, generator=self.stream)
+            output[Columns.ACTIONS] = drawn.squeeze(-1)
+            output[Columns.ACTION_LOGP] = chances.gather(-1, drawn).squeeze(-1)
+        return output
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> torch.Tensor:
         return self.policy(batch[Columns.OBS])[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,6 +68,19 @@ def _ahead(run: Workspace) -> Iterator[None]:
         thread.join()
 
 
+@contextlib.contextmanager
+def _working(run: Workspace) -> Iterator[None]:
+    """The libraries' messages go to the log, and a copy to `storage`, however it ends."""
+    try:
+        with noise_to(run.log()):
+            if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # this is a Ray job
+                jobs = importlib.import_module("rlcompress.rl.jobs")
+                jobs.publish(run.folder, run.experiment.ppo)
+            yield
+    finally:
+        run.keep()
+
+
 class Run:
     """An experiment's verbs, each of which the command line calls by its name."""
 
@@ -83,7 +97,7 @@ class Run:
     def search(self) -> None:
         w = self.workspace
         w.begin()
-        with noise_to(w.log()):
+        with _working(w):
             train_dense(w)
             records = search_all(w)
         console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
@@ -93,7 +107,7 @@ class Run:
         w = self.workspace
         w.require_search()
         w.begin()
-        with noise_to(w.log()):
+        with _working(w):
             for _ in make_tickets(w):
                 pass
         last_lines(w)
@@ -105,7 +119,7 @@ class Run:
 
         tune.require_space(w)
         w.begin()
-        with noise_to(w.log()):
+        with _working(w):
             train_dense(w)
             trials = tune.tune(w)
             tune.track_trials(w, trials)
@@ -138,7 +152,7 @@ class Run:
         w.begin()
         from rlcompress.stages import dynamic
 
-        with noise_to(w.log()):
+        with _working(w):
             train_dense(w)
             ticket = dynamic.compress_in_training(w)
             with tracker_of(w) as tracker:
@@ -150,7 +164,7 @@ class Run:
         tickets = w.tickets()
         if not tickets:
             raise UserError(f"{w.folder}: no ticket of these options yet; {w.next('ticket')}")
-        with noise_to(w.log()):
+        with _working(w):
             for path in [path for ticket in tickets for path in export(w, ticket)]:
                 console.print(path)
             finish_tickets(w)
@@ -161,7 +175,7 @@ class Run:
             raise UserError(f"{w.folder}: nothing searched yet; {w.next('run')}")
         from rlcompress.report.page import write_report
 
-        with noise_to(w.log()):
+        with _working(w):
             page = write_report(w.folder)
         console.print(page)
 
@@ -170,10 +184,12 @@ class Run:
         told at the end: it keeps nobody from the ticket."""
         w, problems = self.workspace, list[UserError]()
         w.begin()
-        with noise_to(w.log()):
+        with _working(w):
             _prepare(w)
             train_dense(w)
+            w.keep()
             search_all(w)
+            w.keep()
             with _ahead(w):
                 # Workers go on with the next ticket while one is exported.
                 for ticket in make_tickets(w):

@@ -168,6 +168,10 @@ def _records(
         return searchers.find(name)(run.problem, settings, history, measure)
     from rlcompress.rl import ppo
 
+    def iteration(row: dict[str, Any]) -> None:
+        on_iteration(row)
+        run.keep()
+
     return ppo.search(
         run.bundle,
         run.problem,
@@ -176,7 +180,7 @@ def _records(
         ppo=e,
         folder=run.folder / "search" / "policy",
         begin=policy,
-        on_iteration=on_iteration,
+        on_iteration=iteration,
     )
 
 

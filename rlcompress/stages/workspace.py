@@ -28,6 +28,7 @@ from rlcompress.core.structure import build_network
 from rlcompress.core.tensors import load_tensors
 from rlcompress.live import console
 from rlcompress.spec import Experiment, spec_hash, write_resolved
+from rlcompress.stages.storage import Storage
 
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
 MEASUREMENTS = "3"
@@ -243,7 +244,19 @@ class Workspace:
         current.sort(key=lambda t: (ticket_rank(t), t["id"]), reverse=True)
         return sorted(current, key=lambda t: order.index(t["searcher"]))
 
+    @functools.cached_property
+    def storage(self) -> Storage | None:
+        uri = self.experiment.storage
+        return Storage(uri, self.name) if uri else None
+
+    def keep(self) -> None:
+        """Brings the copy at `storage`, if there is to be one, up to date."""
+        if self.storage is not None:
+            self.storage.save(self.folder)
+
     def begin(self) -> None:
+        if self.storage is not None:
+            self.storage.load(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_resolved(self.experiment, self.name, self.folder / "spec.yaml")
         console.print(f"{self.name} in {self.folder}; the libraries' messages go to {self.log()}")

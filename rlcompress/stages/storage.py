@@ -1,0 +1,80 @@
+"""The run folder's second place: a folder or bucket that outlives the machine that runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyarrow import ArrowInvalid
+from pyarrow.fs import FileSystem, FileType, LocalFileSystem, copy_files
+
+from rlcompress.core.errors import OutsideError, UserError, first_line
+
+#: What grows as a run goes on.
+_ARCHIVE = Path("search") / "archive.jsonl"
+
+
+class Storage:
+    """`uri`/`name`, of a mounted folder, s3:// or gs://: what pyarrow opens.
+
+    Raises OutsideError where it cannot be reached.
+    """
+
+    def __init__(self, uri: str, name: str) -> None:
+        self.uri = f"{uri.rstrip('/')}/{name}"
+        self._known: dict[Path, tuple[int, int]] = {}
+        with self._clear():
+            if "://" in uri:
+                self._files, self._root = FileSystem.from_uri(self.uri)
+            else:
+                self._files, self._root = LocalFileSystem(), str(Path(self.uri).absolute())
+
+    @contextlib.contextmanager
+    def _clear(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ArrowInvalid, NotImplementedError) as error:
+            raise OutsideError(f"storage: {self.uri}: {first_line(error)}") from error
+
+    def load(self, folder: Path) -> None:
+        """Brings what is kept to `folder`, if no run is there: one that goes on elsewhere.
+
+        Raises UserError if one is there and the kept one has gone further.
+        """
+        with self._clear():
+            if (folder / "spec.yaml").exists():
+                mine = folder / _ARCHIVE
+                kept = self._files.get_file_info(f"{self._root}/{_ARCHIVE.as_posix()}").size or 0
+                if kept > (mine.stat().st_size if mine.exists() else 0):
+                    raise UserError(
+                        f"{folder}: {self.uri} has gone further; move {folder} away to go on from "
+                        "there, or name another place with --set storage=PLACE"
+                    )
+            elif self._files.get_file_info(self._root).type == FileType.Directory:
+                folder.mkdir(parents=True, exist_ok=True)
+                copy_files(self._root, str(folder.absolute()), self._files, LocalFileSystem())
+                self._known = _state(folder)
+
+    def save(self, folder: Path) -> None:
+        """Copies the files that changed since the last time."""
+        now = _state(folder)
+        with self._clear():
+            for path, state in now.items():
+                if self._known.get(path) != state:
+                    target = f"{self._root}/{path.as_posix()}"
+                    self._files.create_dir(target.rpartition("/")[0], recursive=True)
+                    source = str((folder / path).absolute())
+                    copy_files(source, target, LocalFileSystem(), self._files)
+                    self._known[path] = state
+            for path in self._known.keys() - now.keys():
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.delete_file(f"{self._root}/{path.as_posix()}")
+        self._known = now
+
+
+def _state(folder: Path) -> dict[Path, tuple[int, int]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        path.relative_to(folder): (path.stat().st_size, path.stat().st_mtime_ns) for path in files
+    }
