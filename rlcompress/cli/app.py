@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from rlcompress import __version__
-from rlcompress.core.errors import UserError
+from rlcompress.cli.interrupt import ending_in_time
+from rlcompress.core.errors import UserError, outside
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 a mistake in what was asked; 3 the outside world does not answer "
+    "(cluster, MLflow, disk, network); 130 interrupted; 1 a bug, with its traceback."
+)
 
 
 class _Verbs(TyperGroup):
     """Ends a verb in plain lines and an exit code, where Python would show a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UserError as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            # With --fresh the same command would start over instead of going on.
-            words = [word for word in sys.argv[1:] if word != "--fresh"]
-            typer.echo("\nInterrupted. What is measured is kept; to go on:", err=True)
-            typer.echo(f"  rlcompress {shlex.join(words)}", err=True)
-            raise typer.Exit(130) from None
+        with ending_in_time():
+            try:
+                return super().invoke(ctx)
+            except UserError as error:
+                told = error
+            except OSError as error:
+                if (found := outside(error)) is None:
+                    raise
+                told = found
+        typer.echo(str(told), err=True)
+        raise typer.Exit(told.exit_code)
 
 
 app = typer.Typer(
     cls=_Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlcompress.cli import interrupt
 from rlcompress.core.errors import UserError
+from rlcompress.lock import Lock
 
 if TYPE_CHECKING:
     from rlcompress.stages import Run
@@ -65,7 +67,7 @@ def open_run(
     # A short option as --set: every verb takes that.
     words += [word for text in overrides for word in ("--set", text)]
     words += ["--out", str(out)] if out else []
-    folder = out or Path("runs") / name
+    folder = interrupt.folder = out or Path("runs") / name
     _check_folder(folder)
     if fresh:
         _move_aside(folder)
@@ -95,7 +97,8 @@ def _move_aside(folder: Path) -> None:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    folder.rename(aside)
+    with Lock(folder):
+        folder.rename(aside)
     typer.echo(f"the old run is now in {aside}", err=True)
 
 

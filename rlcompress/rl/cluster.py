@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.schema import PPOSpec
 
@@ -33,7 +33,7 @@ def start_ray(ppo: PPOSpec) -> None:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"ppo.address = {address}: no Ray cluster there: {error}") from error
+            raise OutsideError(f"ppo.address = {address}: no Ray cluster there: {error}") from error
     else:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Torch and RLlib take a process ten seconds, which dense training can hide.

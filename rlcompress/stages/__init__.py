@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rlcompress.core.errors import UserError
 from rlcompress.live import console, noise_to
+from rlcompress.lock import Lock
 from rlcompress.spec import Experiment
 from rlcompress.stages.check import check
 from rlcompress.stages.deliver import (
@@ -79,8 +80,7 @@ class Run:
 
     def search(self) -> None:
         w = self.workspace
-        w.begin()
-        with noise_to(w.log()):
+        with w.begin(), noise_to(w.log()):
             train_dense(w)
             records = search_all(w)
         console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
@@ -89,8 +89,7 @@ class Run:
     def ticket(self) -> None:
         w = self.workspace
         w.require_search()
-        w.begin()
-        with noise_to(w.log()):
+        with w.begin(), noise_to(w.log()):
             for _ in make_tickets(w):
                 pass
         last_lines(w)
@@ -101,8 +100,7 @@ class Run:
         from rlcompress.stages import tune
 
         tune.require_space(w)
-        w.begin()
-        with noise_to(w.log()):
+        with w.begin(), noise_to(w.log()):
             train_dense(w)
             trials = tune.tune(w)
             tune.track_trials(w, trials)
@@ -111,10 +109,9 @@ class Run:
     def dynamic(self) -> None:
         """Compression during training, beside the stages of `run`."""
         w = self.workspace
-        w.begin()
         from rlcompress.stages import dynamic
 
-        with noise_to(w.log()):
+        with w.begin(), noise_to(w.log()):
             train_dense(w)
             ticket = dynamic.compress_in_training(w)
             with tracker_of(w) as tracker:
@@ -126,7 +123,7 @@ class Run:
         tickets = w.tickets()
         if not tickets:
             raise UserError(f"{w.folder}: no ticket of these options yet; {w.next('ticket')}")
-        with noise_to(w.log()):
+        with Lock(w.folder), noise_to(w.log()):
             for path in [path for ticket in tickets for path in export(w, ticket)]:
                 console.print(path)
             finish_tickets(w)
@@ -137,6 +134,7 @@ class Run:
             raise UserError(f"{w.folder}: nothing searched yet; {w.next('run')}")
         from rlcompress.report.page import write_report
 
+        # Without the lock: one may look at a run at work.
         with noise_to(w.log()):
             page = write_report(w.folder)
         console.print(page)
@@ -145,8 +143,7 @@ class Run:
         """All stages, then the last lines: dense -> ticket. What cannot be exported to ONNX is
         told at the end: it keeps nobody from the ticket."""
         w, problems = self.workspace, list[UserError]()
-        w.begin()
-        with noise_to(w.log()):
+        with w.begin(), noise_to(w.log()):
             _prepare(w)
             train_dense(w)
             search_all(w)

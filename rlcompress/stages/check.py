@@ -18,7 +18,7 @@ from rlcompress.core.data import Split
 from rlcompress.core.problem import Problem, make_bundle
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.sensitivity import estimate
-from rlcompress.core.structure import build_network
+from rlcompress.core.structure import build_network, require_logits
 from rlcompress.core.train import Recipe, train
 from rlcompress.live import console
 from rlcompress.schema import CalibrationSpec, SearchSpec
@@ -55,6 +55,7 @@ def check_model(factory: str, input_shape: tuple[int, ...], num_classes: int) ->
     model = ref.build()
     search = SearchSpec()
     network = build_network(model, ref.example(), round_to=search.round_to)
+    require_logits(model, ref.example(), 1)
     show_structure(network)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(TRIED_IMAGES, *input_shape, generator=generator)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcompress.core.artifact import folded, load_artifact, read_artifact
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.export import export_onnx, latency, onnx_logits
 from rlcompress.core.files import save_bytes, save_json
 from rlcompress.live import console
@@ -128,8 +128,8 @@ def tracked(run: Workspace) -> bool:
 
 @contextlib.contextmanager
 def tracker_of(run: Workspace) -> Iterator[Tracker]:
-    """The run's tracker, whose parent run is finished behind. Raises UserError if MLflow does not
-    answer."""
+    """The run's tracker, whose parent run is finished behind. Raises OutsideError if MLflow does
+    not answer."""
     from rlcompress.tracking import Tracker, TrackingError
 
     try:
@@ -143,13 +143,13 @@ def tracker_of(run: Workspace) -> Iterator[Tracker]:
         yield tracker
         tracker.finish()
     except TrackingError as error:
-        raise UserError(
+        raise OutsideError(
             f"{error}", f"all results are in {run.folder}; the same command tries MLflow again"
         ) from error
 
 
 def track(run: Workspace) -> None:
-    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer."""
+    """Brings MLflow up to what the run folder holds. Raises OutsideError if it does not answer."""
     from rlcompress.tracking import UnexportableError
 
     with tracker_of(run) as tracker:

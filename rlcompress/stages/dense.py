@@ -34,6 +34,8 @@ def train_dense(run: Workspace) -> dict[str, Any]:
         if metrics["inputs"] == inputs:
             return metrics
         run.set_aside(folder)
+    # What cannot be compressed need not be trained.
+    network = run.structure
     begun, d = time.monotonic(), e.dense
     model = run.ref.build(e.seed)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -70,7 +72,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
             )
     save_tensors(folder / "trained.safetensors", model.state_dict())
     logits = logits_of(model, selection)
-    cost = CostModel(run.structure).cost(Schedule())
+    cost = CostModel(network).cost(Schedule())
     metrics = {
         "inputs": inputs,
         "seed": e.seed,

@@ -142,7 +142,7 @@ def merged(trials: list[Trial]) -> list[Record]:
 
 
 def track_trials(run: Workspace, trials: list[Trial]) -> None:
-    """A child run in MLflow for each trial. Raises UserError if it does not answer."""
+    """A child run in MLflow for each trial. Raises OutsideError if it does not answer."""
     with tracker_of(run) as tracker:
         for t in trials:
             tracker.log_trial(t.number, t.options, list(t.records.values()), t.hypervolume)

@@ -24,9 +24,10 @@ from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.problem import Bundle, Problem, make_bundle, pick_device
 from rlcompress.core.schedule import Record
 from rlcompress.core.sensitivity import Estimates, estimate
-from rlcompress.core.structure import build_network
+from rlcompress.core.structure import build_network, require_logits
 from rlcompress.core.tensors import load_tensors
 from rlcompress.live import console
+from rlcompress.lock import Lock
 from rlcompress.spec import Experiment, spec_hash, write_resolved
 
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
@@ -139,9 +140,13 @@ class Workspace:
 
     @functools.cached_property
     def structure(self) -> Network:
-        """Layers, groups and what is protected: the same whatever the weights are."""
-        e = self.experiment
-        return build_network(self.ref.build(e.seed), self.ref.example(), round_to=e.search.round_to)
+        """Layers, groups and what is protected: the same whatever the weights are. Raises UserError
+        for a network that cannot be compressed, or that has fewer logits than the data classes."""
+        e, ref = self.experiment, self.ref
+        model, example = ref.build(e.seed), ref.example()
+        network = build_network(model, example, round_to=e.search.round_to)
+        require_logits(model, example, ref.num_classes)
+        return network
 
     @functools.cached_property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -242,10 +247,13 @@ class Workspace:
         current.sort(key=lambda t: (ticket_rank(t), t["id"]), reverse=True)
         return sorted(current, key=lambda t: order.index(t["searcher"]))
 
-    def begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def begin(self) -> Lock:
+        """Takes the run folder for this command, until the lock is closed. Raises UserError if
+        another one is at work in it."""
+        lock = Lock(self.folder)
         write_resolved(self.experiment, self.name, self.folder / "spec.yaml")
         console.print(f"{self.name} in {self.folder}; the libraries' messages go to {self.log()}")
+        return lock
 
     def log(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
