@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from rlcompress import __version__
-from rlcompress.cli.interrupt import ending_in_time
+from rlcompress.cli import interrupt
 from rlcompress.core.errors import UserError, outside
 
 EXIT_CODES = (
@@ -21,13 +21,13 @@ class _Verbs(TyperGroup):
     """Ends a verb in plain lines and an exit code, where Python would show a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        with ending_in_time():
+        with interrupt.ending_in_time():
             try:
                 return super().invoke(ctx)
             except UserError as error:
                 told = error
             except OSError as error:
-                if (found := outside(error)) is None:
+                if (found := outside(error, interrupt.folder)) is None:
                     raise
                 told = found
         typer.echo(str(told), err=True)

@@ -78,7 +78,8 @@ def open_run(
 
 
 def _check_folder(folder: Path) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    above = (folder.absolute(), *folder.absolute().parents)
+    there = next(path for path in above if os.path.exists(path))  # False where one may not look
     if not there.is_dir():
         raise UserError(f"{folder}: {there} is a file; name another folder with --out DIR")
     if not os.access(there, os.W_OK):

@@ -35,13 +35,14 @@ _OUTSIDE = {
 }
 
 
-def outside(error: OSError) -> OutsideError | None:
-    """The error in a line where the system is what refuses; None where it may be a bug."""
+def outside(error: OSError, place: object) -> OutsideError | None:
+    """The error in a line where the system is what refuses; None where it may be a bug. `place`:
+    what it is about, if the error does not say."""
     words = _OUTSIDE.get(error.errno or 0)
     if words is None:
         return None
     again = "the same command goes on from what is kept"
-    return OutsideError(f"{error.filename or 'a file'}: {words}; {again}")
+    return OutsideError(f"{error.filename or place}: {words}; {again}")
 
 
 def blame(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+import grpc
 import ray
 
 from rlcompress.core.errors import OutsideError, UserError
@@ -13,6 +14,8 @@ from rlcompress.core.problem import Bundle, Problem
 from rlcompress.schema import PPOSpec
 
 OBJECT_STORE_BYTES = 2**30
+#: For a cluster to say that it is there.
+ANSWER_SECONDS = 10.0
 
 _shared: dict[int, tuple[Bundle, Any]] = {}
 _problems: dict[str, Problem] = {}
@@ -22,14 +25,15 @@ def start_ray(ppo: PPOSpec) -> None:
     """Connects to `ppo.address` or RAY_ADDRESS, else starts Ray on this machine, quietly, with room
     for the env runners: processes that have imported all they need by the time they are asked for.
 
-    Raises UserError if a cluster is named and cannot be reached, or if this machine has not the
-    GPUs. (A cluster may get them later: it waits.)
+    Raises OutsideError if a cluster is named and cannot be reached, UserError if this machine has
+    not the GPUs. (A cluster may get them later: it waits.)
     """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = ppo.address or os.environ.get("RAY_ADDRESS")
     if address:
+        _require_answer(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -55,6 +59,23 @@ def start_ray(ppo: PPOSpec) -> None:
             f"ppo.num_gpus_per_env_runner = {ppo.num_gpus_per_env_runner}: {ppo.num_env_runners} "
             f"env runners need {needed:g} GPUs, this machine has {there:g}"
         )
+
+
+def _require_answer(address: str) -> None:
+    """Raises OutsideError where nobody speaks Ray's protocol: Ray itself waits minutes, and may end
+    the process. Names like "auto" are looked up at once."""
+    place = address.rpartition("://")[2].partition("/")[0]
+    if ":" not in place or os.environ.get("RAY_USE_TLS", "0") == "1":
+        return
+    with grpc.insecure_channel(place) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise OutsideError(
+                f"ppo.address = {address}: no Ray cluster answers there within "
+                f"{ANSWER_SECONDS:.0f} s; start one (ray start --head), or unset ppo.address and "
+                "RAY_ADDRESS to use this machine"
+            ) from None
 
 
 def share(bundle: Bundle) -> Any:

@@ -35,16 +35,21 @@ __all__ = ["Run", "Workspace"]
 
 
 def _prepare(run: Workspace) -> None:
-    """Ray takes many seconds to start and RLlib to import; dense training hides it."""
+    """Ray takes many seconds to start and RLlib to import; dense training hides it. A network that
+    cannot be compressed, and a cluster that does not answer, are told before."""
+    if not (run.folder / "dense" / "metrics.json").exists():
+        run.require_reachable()
     ppo, search = run.experiment.ppo, run.experiment.search
-    if (run.folder / "tracked.json").exists() or "ppo" not in (search.searcher, *search.baselines):
+    on_ray = "ppo" in (search.searcher, *search.baselines)
+    if (run.folder / "tracked.json").exists() or not (on_ray or run.has_workers()):
         return
     if ppo.num_env_runners:
         # In this thread: Ray's processes die with the thread that started them.
         importlib.import_module("rlcompress.rl.cluster").start_ray(ppo)
-    threading.Thread(
-        target=importlib.import_module, args=["rlcompress.rl.ppo"], daemon=True
-    ).start()
+    if on_ray:
+        threading.Thread(
+            target=importlib.import_module, args=["rlcompress.rl.ppo"], daemon=True
+        ).start()
 
 
 @contextlib.contextmanager
@@ -81,6 +86,7 @@ class Run:
     def search(self) -> None:
         w = self.workspace
         with w.begin(), noise_to(w.log()):
+            _prepare(w)
             train_dense(w)
             records = search_all(w)
         console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
@@ -101,6 +107,7 @@ class Run:
 
         tune.require_space(w)
         with w.begin(), noise_to(w.log()):
+            w.require_reachable()
             train_dense(w)
             trials = tune.tune(w)
             tune.track_trials(w, trials)

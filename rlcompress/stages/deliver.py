@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlcompress.core.artifact import folded, load_artifact, read_artifact
 from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.export import export_onnx, latency, onnx_logits
-from rlcompress.core.files import save_bytes, save_json
+from rlcompress.core.files import read_json, save_bytes, save_json
 from rlcompress.live import console
 from rlcompress.report.card import delivered, model_card
 from rlcompress.stages.workspace import Workspace
@@ -38,7 +37,7 @@ def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
     kinds: list[tuple[str, Literal["float", "int8"]]] = []
     kinds += [("model.onnx", "float")] if wanted.onnx else []
     kinds += [("model.int8.onnx", "int8")] if wanted.int8 else []
-    done = json.loads(about.read_text()) if about.exists() else {}
+    done = read_json(about) if about.exists() else {}
     for name, activations in kinds:
         if name in done and (folder / name).exists():
             continue
@@ -84,7 +83,7 @@ def _time(run: Workspace, folder: Path) -> None:
     """`latency.json`: batch -> file -> milliseconds, one thread, dense and ticket in turns."""
     path, batches = folder / "latency.json", run.experiment.export.latency
     files = {name: folder / name for name in delivered(folder)["onnx"]}
-    done = json.loads(path.read_text()) if path.exists() else {}
+    done = read_json(path) if path.exists() else {}
     if not files or all(done.get(str(batch), {}).keys() > files.keys() for batch in batches):
         return
     files = {"dense": _dense_onnx(run), **files}
@@ -119,11 +118,7 @@ def tracked(run: Workspace) -> bool:
     made = [run.folder / "report" / "index.html"]
     if state["uri"] is None:
         made.append(run.folder / "mlflow.db")
-    return (
-        marker.exists()
-        and json.loads(marker.read_text()) == state
-        and all(path.exists() for path in made)
-    )
+    return marker.exists() and read_json(marker) == state and all(path.exists() for path in made)
 
 
 @contextlib.contextmanager
@@ -153,7 +148,7 @@ def track(run: Workspace) -> None:
     from rlcompress.tracking import UnexportableError
 
     with tracker_of(run) as tracker:
-        tracker.log_dense(json.loads((run.folder / "dense" / "metrics.json").read_text()))
+        tracker.log_dense(read_json(run.folder / "dense" / "metrics.json"))
         tracker.log_archive(run.archive())
         tickets = run.tickets()
         for ticket in tickets:

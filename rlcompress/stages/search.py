@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlcompress import searchers
-from rlcompress.core.files import JsonLines, save_json
+from rlcompress.core.files import JsonLines, read_json, save_json
 from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
 from rlcompress.live import console, stage
@@ -28,7 +28,7 @@ def search_all(run: Workspace) -> list[Record]:
     for name in dict.fromkeys([e.search.searcher, *e.search.baselines]):
         finished = folder / f"{name}.done"
         mine = [r for r in records if r.searcher == name]
-        if finished.exists() and json.loads(finished.read_text()) >= budgets[name]:
+        if finished.exists() and read_json(finished) >= budgets[name]:
             continue
         if len(mine) < budgets[name]:
             _search_with(run, name, budgets[name], mine, records)
