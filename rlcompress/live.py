@@ -4,11 +4,13 @@ elsewhere. The libraries' own messages go to the run's log file."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -70,6 +72,27 @@ def stage(name: str, total: int) -> Iterator[Stage]:
         yield shown
     finally:
         shown.close()
+
+
+@contextlib.contextmanager
+def json_only(wanted: bool) -> Iterator[None]:
+    """If wanted, all that is shown goes to the terminal's standard error (`noise_to` takes 2
+    itself), and `print_json` has standard output to itself."""
+    if not wanted:
+        yield
+        return
+    with os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1) as shown:
+        console.file = shown
+        try:
+            yield
+        finally:
+            console.file = None  # type: ignore[assignment]  # standard output again
+
+
+def print_json(content: Any) -> None:
+    """On standard output, whatever `console` is."""
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlcompress.cli import complete
 from rlcompress.cli.app import app
-from rlcompress.cli.options import FILE, File, Out, Sets, experiment_verb, open_run
+from rlcompress.cli.options import FILE, AsJson, File, Out, Sets, experiment_verb, open_run
 from rlcompress.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 @app.command()
 def check(
     name: Annotated[
-        str | None, typer.Argument(metavar="[EXPERIMENT]", help="A name that `ls` lists.")
+        str | None,
+        typer.Argument(
+            metavar="[EXPERIMENT]", help="A name that `ls` lists.", autocompletion=complete.names
+        ),
     ] = None,
     file: File = FILE,
     sets: Sets = None,
@@ -32,6 +36,7 @@ def check(
     classes: Annotated[
         int, typer.Option("--classes", metavar="N", min=1, help="With --model: its num_classes.")
     ] = 10,
+    as_json: AsJson = False,
 ) -> None:
     """Print the layers and groups, one evaluation, and the time to expect. Starts no Ray.
 
@@ -43,13 +48,13 @@ def check(
         raise UserError("check wants an EXPERIMENT or --model PKG.MOD:FACTORY, one of the two")
     if model is None:
         assert name is not None
-        return open_run(name, file, sets, out).check()
+        return open_run(name, file, sets, out).check(as_json=as_json)
     from rlcompress import spec
 
     alone = spec.resolve_alone(model, shape, classes)
     from rlcompress.stages.check import check_model
 
-    check_model(alone.model, alone.input, alone.classes)
+    check_model(alone.model, alone.input, alone.classes, as_json=as_json)
 
 
 @app.command()
@@ -66,8 +71,8 @@ def run(run: Run) -> None:
 
 
 @app.command()
-@experiment_verb(fresh=True, shorts=["searcher", "sensitivity"])
-def search(run: Run) -> None:
+@experiment_verb(fresh=True, shorts=["searcher", "sensitivity"], json=True)
+def search(run: Run, as_json: bool) -> None:
     """Train the dense network if need be, then search for schedules.
 
     \b
@@ -75,7 +80,7 @@ def search(run: Run) -> None:
     rlcompress search quickstart --searcher random --out runs/quickstart-random
     rlcompress search quickstart --searcher knapsack --sensitivity refitted
     """
-    run.search()
+    run.search(as_json=as_json)
 
 
 @app.command()

@@ -15,18 +15,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlcompress.cli import interrupt
+from rlcompress.cli import complete, interrupt
 from rlcompress.core.errors import UserError
 from rlcompress.lock import Lock
 
 if TYPE_CHECKING:
     from rlcompress.stages import Run
 
-Name = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A name that `ls` lists.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="EXPERIMENT", help="A name that `ls` lists.", autocompletion=complete.names
+    ),
+]
 File = Annotated[Path, typer.Option("--file", metavar="PATH", help="The experiments file.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override an option; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override an option; may be repeated.",
+        autocompletion=complete.keys,
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -34,6 +44,9 @@ Out = Annotated[
 ]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over; the old run folder moves to DIR.1, DIR.2, …")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, for scripts; the rest goes to stderr.")
 ]
 _SHORTS: dict[str, Any] = {
     "searcher": typer.Option(
@@ -104,17 +117,18 @@ def _move_aside(folder: Path) -> None:
 
 
 def experiment_verb(
-    *, fresh: bool = False, shorts: Sequence[str] = ()
-) -> Callable[[Callable[[Run], None]], Callable[..., None]]:
+    *, fresh: bool = False, shorts: Sequence[str] = (), json: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A verb that takes a run becomes one that takes the command line's options for it:
     EXPERIMENT, --file, --set, --out, --fresh where starting over is meant, and the short
-    options named."""
+    options named. With `json` it is told too whether --json is given, as `as_json`."""
 
-    def decorate(verb: Callable[[Run], None]) -> Callable[..., None]:
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
         def command(**given: Any) -> None:
             names = {short: given.pop(short) for short in shorts}
-            verb(open_run(**given, shorts=names))
+            told = {"as_json": given.pop("as_json")} if json else {}
+            verb(open_run(**given, shorts=names), **told)
 
         options: dict[str, tuple[Any, Any]] = {
             "name": (Name, inspect.Parameter.empty),
@@ -122,6 +136,7 @@ def experiment_verb(
             "sets": (Sets, None),
             "out": (Out, None),
             **({"fresh": (Fresh, False)} if fresh else {}),
+            **({"as_json": (AsJson, False)} if json else {}),
             **{short: (Annotated[str | None, _SHORTS[short]], None) for short in shorts},
         }
         # typer reads a command's options from its signature.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rlcompress.core.errors import UserError
-from rlcompress.live import console, noise_to
+from rlcompress.live import console, json_only, noise_to, print_json
 from rlcompress.lock import Lock
 from rlcompress.spec import Experiment
 from rlcompress.stages.check import check
@@ -27,7 +27,7 @@ from rlcompress.stages.deliver import (
     tracker_of,
 )
 from rlcompress.stages.dense import train_dense
-from rlcompress.stages.search import search_all
+from rlcompress.stages.search import search_all, searched
 from rlcompress.stages.ticket import make_tickets
 from rlcompress.stages.workspace import Workspace
 
@@ -79,18 +79,21 @@ class Run:
         """`words`: the options of the command line, for the commands that are printed."""
         self.workspace = Workspace(name, experiment, folder, words)
 
-    def check(self) -> None:
+    def check(self, *, as_json: bool = False) -> None:
         """Prints what would run, and how long it would take; writes nothing."""
-        check(self.workspace)
+        check(self.workspace, as_json=as_json)
 
-    def search(self) -> None:
+    def search(self, *, as_json: bool = False) -> None:
         w = self.workspace
-        with w.begin(), noise_to(w.log()):
-            _prepare(w)
-            train_dense(w)
-            records = search_all(w)
-        console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
-        console.print(f"next     {w.next('ticket')}")
+        with json_only(as_json):
+            with w.begin(), noise_to(w.log()):
+                _prepare(w)
+                train_dense(w)
+                records = search_all(w)
+            console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
+            console.print(f"next     {w.next('ticket')}")
+        if as_json:
+            print_json(searched(w, records))
 
     def ticket(self) -> None:
         w = self.workspace

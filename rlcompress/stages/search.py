@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlcompress import searchers
 from rlcompress.core.files import JsonLines, read_json, save_json
 from rlcompress.core.pareto import archive_front, best_at_floor
-from rlcompress.core.schedule import Record
+from rlcompress.core.schedule import Measurement, Record
 from rlcompress.live import console, stage
 from rlcompress.searchers import Settings
 from rlcompress.stages.describe import notes
@@ -37,6 +38,30 @@ def search_all(run: Workspace) -> list[Record]:
     if not (folder / "layers.json").exists():
         _describe_problem(run, folder)
     return run.archive()
+
+
+def searched(run: Workspace, records: list[Record]) -> dict[str, Any]:
+    """What `search --json` prints: the dense network's measurement, and of each searcher its
+    front and the densest schedule at the accuracy floor (null if there is none)."""
+    dense = Measurement.from_dict(read_json(run.folder / "search" / "dense.json"))
+    floor = dense.accuracy - run.experiment.ticket.floor / 100
+    rows = {}
+    for name in dict.fromkeys(r.searcher for r in records):
+        mine = [r for r in records if r.searcher == name]
+        best = best_at_floor(mine, floor)
+        rows[name] = {
+            "evaluations": len(mine),
+            "best": json.loads(best.to_json()) if best else None,
+            "front": [json.loads(r.to_json()) for r in archive_front(mine)],
+        }
+    return {
+        "experiment": run.name,
+        "spec_hash": run.hash,
+        "archive": str(run.folder / "search" / "archive.jsonl"),
+        "dense": dense.to_dict(),
+        "floor": floor,
+        "searchers": rows,
+    }
 
 
 def _describe_problem(run: Workspace, folder: Path) -> None:

@@ -257,10 +257,8 @@ class Workspace:
 
     def network(self, which: str) -> nn.Module:
         """init, rewind or trained, from dense/."""
-        path, model = (
-            self.folder / "dense" / f"{which}.safetensors",
-            self.ref.build(self.experiment.seed),
-        )
+        path = self.folder / "dense" / f"{which}.safetensors"
+        model = self.ref.build(self.experiment.seed)
         with _readable(path):
             model.load_state_dict(load_tensors(path)[0])
         return model.eval()
