@@ -28,6 +28,9 @@ PLAIN_INTERVAL = 10.0
 #: Tables keep their columns in a file or a pipe.
 PLAIN_WIDTH = 140
 
+#: Columns of a terminal below which the bar is short and the time spent is left out.
+NARROW = 100
+
 console = Console(soft_wrap=True, highlight=False)
 if not console.is_terminal:
     console.width = PLAIN_WIDTH
@@ -41,11 +44,12 @@ class Stage:
         self._shown = 0.0
         self._bar: Progress | None = None
         if console.is_terminal:
+            narrow = console.width < NARROW
             self._bar = Progress(
                 TextColumn("{task.description:<14}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=10 if narrow else 24),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
+                *([] if narrow else [TimeElapsedColumn()]),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[text]}"),
                 console=console,

@@ -58,7 +58,7 @@ def check(
 
 
 @app.command()
-@experiment_verb(fresh=True, shorts=["searcher"])
+@experiment_verb(begins=True, fresh=True, shorts=["searcher"])
 def run(run: Run) -> None:
     """Run all stages: dense, search, ticket, export, report. Goes on where it stopped.
 
@@ -71,7 +71,7 @@ def run(run: Run) -> None:
 
 
 @app.command()
-@experiment_verb(fresh=True, shorts=["searcher", "sensitivity"], json=True)
+@experiment_verb(begins=True, fresh=True, shorts=["searcher", "sensitivity"], json=True)
 def search(run: Run, as_json: bool) -> None:
     """Train the dense network if need be, then search for schedules.
 
@@ -84,7 +84,7 @@ def search(run: Run, as_json: bool) -> None:
 
 
 @app.command()
-@experiment_verb(shorts=["searcher"])
+@experiment_verb(begins=True, shorts=["searcher"])
 def ticket(run: Run) -> None:
     """Retrain the best schedules into tickets, with their controls.
 
@@ -96,7 +96,7 @@ def ticket(run: Run) -> None:
 
 
 @app.command()
-@experiment_verb()
+@experiment_verb(begins=True)
 def tune(run: Run) -> None:
     """Search PPO's reward and settings with Ray Tune; one front of all trials.
 
@@ -107,7 +107,7 @@ def tune(run: Run) -> None:
 
 
 @app.command()
-@experiment_verb()
+@experiment_verb(begins=True)
 def dynamic(run: Run) -> None:
     """Compress the network during one training run, with the policy in the loop.
 

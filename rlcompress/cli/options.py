@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,8 +70,11 @@ def open_run(
     *,
     shorts: Mapping[str, str | None] | None = None,
     fresh: bool = False,
+    begins: bool = False,
+    as_json: bool = False,
 ) -> Run:
-    """Validate first; only then load torch, and touch the disk."""
+    """Validate first; only then load torch, and touch the disk. `begins`: work that takes a while;
+    its first line does not wait for torch either."""
     from rlcompress import spec
 
     given = {short: value for short, value in (shorts or {}).items() if value}
@@ -84,6 +88,10 @@ def open_run(
     _check_folder(folder)
     if fresh:
         _move_aside(folder)
+    if begins:
+        line = f"{name} in {folder}; the libraries' messages go to {folder / 'log.txt'}"
+        typer.echo(line, err=as_json)
+        sys.stdout.flush()
 
     from rlcompress import stages
 
@@ -117,18 +125,23 @@ def _move_aside(folder: Path) -> None:
 
 
 def experiment_verb(
-    *, fresh: bool = False, shorts: Sequence[str] = (), json: bool = False
+    *,
+    begins: bool = False,
+    fresh: bool = False,
+    shorts: Sequence[str] = (),
+    json: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A verb that takes a run becomes one that takes the command line's options for it:
     EXPERIMENT, --file, --set, --out, --fresh where starting over is meant, and the short
-    options named. With `json` it is told too whether --json is given, as `as_json`."""
+    options named. `begins`: see `open_run`. With `json` it is told too whether --json is given,
+    as `as_json`."""
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
         def command(**given: Any) -> None:
             names = {short: given.pop(short) for short in shorts}
             told = {"as_json": given.pop("as_json")} if json else {}
-            verb(open_run(**given, shorts=names), **told)
+            verb(open_run(**given, **told, shorts=names, begins=begins), **told)
 
         options: dict[str, tuple[Any, Any]] = {
             "name": (Name, inspect.Parameter.empty),

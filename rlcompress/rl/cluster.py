@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import ray
 
-from rlcompress.core.errors import OutsideError, UserError
+from rlcompress.core.errors import OutsideError, UserError, first_line
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.schema import PPOSpec
 
@@ -42,14 +42,20 @@ def start_ray(ppo: PPOSpec) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Torch and RLlib take a process ten seconds, which dense training can hide.
         os.environ.setdefault("RAY_preload_python_modules", "rlcompress.rl.ppo")
-        # "local": never join the dying remains of a run that was killed.
-        ray.init(
-            "local",
-            num_cpus=max(1, ppo.num_env_runners),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        try:
+            # "local": never join the dying remains of a run that was killed.
+            ray.init(
+                "local",
+                num_cpus=max(1, ppo.num_env_runners),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except Exception as error:  # a plain one, where the machine is too busy
+            raise OutsideError(
+                f"Ray did not start on this machine: {first_line(error)} Try again, or do without: "
+                "--set ppo.num_env_runners=0"
+            ) from error
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     there = ray.cluster_resources().get("GPU", 0.0)

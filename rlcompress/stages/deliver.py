@@ -12,7 +12,7 @@ from rlcompress.core.artifact import folded, load_artifact, read_artifact
 from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.export import export_onnx, latency, onnx_logits
 from rlcompress.core.files import read_json, save_bytes, save_json
-from rlcompress.live import console
+from rlcompress.live import console, stage
 from rlcompress.report.card import delivered, model_card
 from rlcompress.stages.workspace import Workspace
 
@@ -72,20 +72,32 @@ def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
 def finish_tickets(run: Workspace) -> None:
     """What is measured when nothing else runs: latencies; and the cards."""
     spec = run.experiment.model_dump(mode="json")
+    folders = {ticket["id"]: run.folder / "tickets" / ticket["id"] for ticket in run.tickets()}
+    untimed = {name: folder for name, folder in folders.items() if _untimed(run, folder)}
+    if untimed:
+        with stage("export", len(untimed)) as shown:
+            for done, (name, folder) in enumerate(untimed.items(), start=1):
+                _time(run, folder)
+                shown.update(done, f"timed {name}")
     for ticket in run.tickets():
-        folder = run.folder / "tickets" / ticket["id"]
-        _time(run, folder)
+        folder = folders[ticket["id"]]
         card = model_card(ticket, run.name, spec, delivered(folder))
         save_bytes(folder / "card.md", card.encode())
+
+
+def _untimed(run: Workspace, folder: Path) -> bool:
+    """Whether a ticket has files that `latency.json` does not tell of."""
+    path, files = folder / "latency.json", delivered(folder)["onnx"]
+    done = read_json(path) if path.exists() else {}
+    timed = (done.get(str(batch), {}) for batch in run.experiment.export.latency)
+    return bool(files) and not all(times.keys() > files.keys() for times in timed)
 
 
 def _time(run: Workspace, folder: Path) -> None:
     """`latency.json`: batch -> file -> milliseconds, one thread, dense and ticket in turns."""
     path, batches = folder / "latency.json", run.experiment.export.latency
-    files = {name: folder / name for name in delivered(folder)["onnx"]}
     done = read_json(path) if path.exists() else {}
-    if not files or all(done.get(str(batch), {}).keys() > files.keys() for batch in batches):
-        return
+    files = {name: folder / name for name in delivered(folder)["onnx"]}
     files = {"dense": _dense_onnx(run), **files}
     shape = run.ref.input_shape
     for batch in batches:

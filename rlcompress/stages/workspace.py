@@ -281,7 +281,6 @@ class Workspace:
         another one is at work in it."""
         lock = Lock(self.folder)
         write_resolved(self.experiment, self.name, self.folder / "spec.yaml")
-        console.print(f"{self.name} in {self.folder}; the libraries' messages go to {self.log()}")
         return lock
 
     def log(self) -> Path:
