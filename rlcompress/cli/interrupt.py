@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shlex
@@ -81,6 +82,12 @@ def ending_in_time() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo(words(), err=True, nl=False)
         said = True
+        if signal.getsignal(signal.SIGINT) is end:
+            # What must be closed (Ray) is; taking the libraries down takes seconds more, in which
+            # no timer runs.
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(130)
         raise typer.Exit(130) from None
     finally:
         # Until it has ended, an interrupted process keeps its handler and its timer.
