@@ -37,9 +37,10 @@ if not console.is_terminal:
 
 
 class Stage:
-    """One piece of work of known length. `update(done, text)` shows how far it is."""
+    """One piece of work of known length, `done` of which was done before. `update(done, text)`
+    shows how far it is."""
 
-    def __init__(self, name: str, total: int) -> None:
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
         self.name, self.total = name, total
         self._shown = 0.0
         self._bar: Progress | None = None
@@ -54,7 +55,7 @@ class Stage:
                 TextColumn("{task.fields[text]}"),
                 console=console,
             )
-            self._task = self._bar.add_task(name, total=total, text="")
+            self._task = self._bar.add_task(name, total=total, completed=done, text="")
             self._bar.start()
 
     def update(self, done: int, text: str) -> None:
@@ -70,8 +71,8 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(name: str, total: int) -> Iterator[Stage]:
-    shown = Stage(name, total)
+def stage(name: str, total: int, done: int = 0) -> Iterator[Stage]:
+    shown = Stage(name, total, done)
     try:
         yield shown
     finally:

@@ -98,7 +98,7 @@ def _search_with(
     with (
         JsonLines(folder / "archive.jsonl") as archive,
         JsonLines(folder / "curve.jsonl") as curve,
-        stage(f"search {name}", budget) as shown,
+        stage(f"search {name}", budget, len(history)) as shown,
     ):
         done = list(history)
         for record in _records(run, name, settings, history, curve):

@@ -78,7 +78,11 @@ def tune(run: Workspace) -> list[Trial]:
     }
     with (
         JsonLines(folder / "archive.jsonl") as archive,
-        stage("tune", points * e.tune.trials * evaluations) as shown,
+        stage(
+            "tune",
+            points * e.tune.trials * evaluations,
+            sum(len(t.records) for t in trials.values()),
+        ) as shown,
     ):
 
         def on_row(options: Mapping[str, Any], row: Mapping[str, Any]) -> None:
