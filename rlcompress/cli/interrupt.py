@@ -33,15 +33,13 @@ def kept(run: Path) -> list[str]:
         found.append("the dense network")
     elif (run / "dense" / "checkpoint.safetensors").exists():
         found.append("the epochs of the dense network so far")
-    schedules = {
-        "schedules measured": _count(run / "search" / "archive.jsonl"),
-        "schedules of trials": _count(run / "tune" / "archive.jsonl"),
-    }
-    found += [f"{count} {what}" for what, count in schedules.items() if count]
-    if tickets := len(list(run.glob("tickets/*/ticket.json"))):
-        found.append(f"{tickets} ticket{'s' * (tickets > 1)}")
-    if arms := len(list(run.glob("tickets/*/*.checkpoint"))):
-        found.append(f"the epochs so far of {arms} arm{'s' * (arms > 1)} in training")
+    counts = [
+        (_count(run / "search" / "archive.jsonl"), "measured schedule", ""),
+        (_count(run / "tune" / "archive.jsonl"), "schedule", " of trials"),
+        (len(list(run.glob("tickets/*/ticket.json"))), "ticket", ""),
+        (len(list(run.glob("tickets/*/*.checkpoint"))), "arm", " in training"),
+    ]
+    found += [f"{n} {what}{'s' * (n > 1)}{more}" for n, what, more in counts if n]
     return found
 
 
