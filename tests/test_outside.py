@@ -19,6 +19,7 @@ from rlcompress.core.tensors import save_tensors
 from rlcompress.lock import Lock
 from tests.mistakes import EXPERIMENTS, assert_told
 from tests.shell import ROOT
+from tests.shell import rlcompress as shell
 from tests.toy import toy_network
 
 
@@ -338,7 +339,11 @@ def test_a_cluster_that_does_not_answer(rlcompress, request, port):
 
 
 @pytest.mark.ray
-def test_more_gpus_than_there_are(rlcompress):
+def test_more_gpus_than_there_are(tmp_path):
+    # A process of its own: Ray has started by then.
+    (tmp_path / "experiments.yaml").write_text(EXPERIMENTS)
     words = ("--set", "ppo.num_env_runners=1", "--set", "ppo.num_gpus_per_env_runner=64")
-    told = rlcompress("search", "tiny", "--searcher", "ppo", *words)
-    assert_told(told, "1 env runners need 64 GPUs, this machine has")
+    done = shell(tmp_path, "search", "tiny", "--searcher", "ppo", *words)
+    assert done.returncode == 2
+    assert "1 env runners need 64 GPUs, this machine has" in done.stderr
+    assert not (tmp_path / "runs" / "tiny" / "dense").exists()
