@@ -4,11 +4,13 @@ elsewhere. The libraries' own messages go to the run's log file."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -26,29 +28,34 @@ PLAIN_INTERVAL = 10.0
 #: Tables keep their columns in a file or a pipe.
 PLAIN_WIDTH = 140
 
+#: Columns of a terminal below which the bar is short and the time spent is left out.
+NARROW = 100
+
 console = Console(soft_wrap=True, highlight=False)
 if not console.is_terminal:
     console.width = PLAIN_WIDTH
 
 
 class Stage:
-    """One piece of work of known length. `update(done, text)` shows how far it is."""
+    """One piece of work of known length, `done` of which was done before. `update(done, text)`
+    shows how far it is."""
 
-    def __init__(self, name: str, total: int) -> None:
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
         self.name, self.total = name, total
         self._shown = 0.0
         self._bar: Progress | None = None
         if console.is_terminal:
+            narrow = console.width < NARROW
             self._bar = Progress(
                 TextColumn("{task.description:<14}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=10 if narrow else 24),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
+                *([] if narrow else [TimeElapsedColumn()]),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[text]}"),
                 console=console,
             )
-            self._task = self._bar.add_task(name, total=total, text="")
+            self._task = self._bar.add_task(name, total=total, completed=done, text="")
             self._bar.start()
 
     def update(self, done: int, text: str) -> None:
@@ -64,12 +71,33 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(name: str, total: int) -> Iterator[Stage]:
-    shown = Stage(name, total)
+def stage(name: str, total: int, done: int = 0) -> Iterator[Stage]:
+    shown = Stage(name, total, done)
     try:
         yield shown
     finally:
         shown.close()
+
+
+@contextlib.contextmanager
+def json_only(wanted: bool) -> Iterator[None]:
+    """If wanted, all that is shown goes to the terminal's standard error (`noise_to` takes 2
+    itself), and `print_json` has standard output to itself."""
+    if not wanted:
+        yield
+        return
+    with os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1) as shown:
+        console.file = shown
+        try:
+            yield
+        finally:
+            console.file = None  # type: ignore[assignment]  # standard output again
+
+
+def print_json(content: Any) -> None:
+    """On standard output, whatever `console` is."""
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -215,9 +215,13 @@ def _problems(
     model: type[BaseModel], error: ValidationError, where: Callable[[Loc], str]
 ) -> list[str]:
     """A line a problem; `where` says in which file and experiment a key stands."""
-    lines = []
-    for detail in error.errors(include_url=False):
+    lines, details = [], error.errors(include_url=False)
+    for detail in details:
         loc = detail["loc"]
+        # A list whose items are all wrong is called too short besides.
+        inside = (d["loc"] for d in details if len(d["loc"]) > len(loc))
+        if detail["type"] == "too_short" and any(other[: len(loc)] == loc for other in inside):
+            continue
         if detail["type"] == "invalid-json-value":
             loc = loc[: loc.index("args") + 2]  # beyond it pydantic adds words of its own
         path = ".".join(str(part) for part in loc)

@@ -12,3 +12,5 @@ from hypothesis import settings
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+from tests.mistakes import rlcompress  # noqa: E402, F401 (a fixture)

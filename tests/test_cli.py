@@ -43,7 +43,7 @@ def runs(monkeypatch, tmp_path):
             self.name, self.experiment, self.folder = name, experiment, folder
 
         def __getattr__(self, verb):
-            return lambda: calls.append((self.name, self.folder, verb, self.experiment))
+            return lambda **_: calls.append((self.name, self.folder, verb, self.experiment))
 
     monkeypatch.setattr(rlcompress, "stages", types.SimpleNamespace(Run=Run), raising=False)
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rlcompress.cli import interrupt
 from rlcompress.cli.app import app
 from rlcompress.cli.options import Sets, check_folder
 from rlcompress.core.errors import UserError
@@ -80,6 +81,7 @@ def compress(
     path = folder / "experiments.yaml"
     experiment = spec.resolve(spec.single(Path("compress"), name, content), name, sets or ())
     check_folder(folder)
+    interrupt.folder = folder
     folder.mkdir(parents=True, exist_ok=True)
     spec.write_single(path, name, content)
     words = ["--file", str(path), *(word for text in sets or () for word in ("--set", text))]

@@ -6,8 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlcompress.cli import complete
 from rlcompress.cli.app import app
-from rlcompress.cli.options import FILE, File, Name, Out, Sets, experiment_verb, open_run
+from rlcompress.cli.options import (
+    FILE,
+    AsJson,
+    File,
+    Name,
+    Out,
+    Sets,
+    experiment_verb,
+    open_run,
+)
 from rlcompress.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +27,10 @@ if TYPE_CHECKING:
 @app.command()
 def check(
     name: Annotated[
-        str | None, typer.Argument(metavar="[EXPERIMENT]", help="A name that `ls` lists.")
+        str | None,
+        typer.Argument(
+            metavar="[EXPERIMENT]", help="A name that `ls` lists.", autocompletion=complete.names
+        ),
     ] = None,
     file: File = FILE,
     sets: Sets = None,
@@ -32,6 +45,7 @@ def check(
     classes: Annotated[
         int, typer.Option("--classes", metavar="N", min=1, help="With --model: its num_classes.")
     ] = 10,
+    as_json: AsJson = False,
 ) -> None:
     """Print the layers and groups, one evaluation, and the time to expect. Starts no Ray.
 
@@ -43,17 +57,17 @@ def check(
         raise UserError("check wants an EXPERIMENT or --model PKG.MOD:FACTORY, one of the two")
     if model is None:
         assert name is not None
-        return open_run(name, file, sets, out).check()
+        return open_run(name, file, sets, out).check(as_json=as_json)
     from rlcompress import spec
 
     alone = spec.resolve_alone(model, shape, classes)
     from rlcompress.stages.check import check_model
 
-    check_model(alone.model, alone.input, alone.classes)
+    check_model(alone.model, alone.input, alone.classes, as_json=as_json)
 
 
 @app.command()
-@experiment_verb(fresh=True, shorts=["searcher"])
+@experiment_verb(begins=True, fresh=True, shorts=["searcher"])
 def run(run: Run) -> None:
     """Run all stages: dense, search, ticket, export, report. Goes on where it stopped.
 
@@ -66,8 +80,8 @@ def run(run: Run) -> None:
 
 
 @app.command()
-@experiment_verb(fresh=True, shorts=["searcher", "sensitivity"])
-def search(run: Run) -> None:
+@experiment_verb(begins=True, fresh=True, shorts=["searcher", "sensitivity"], json=True)
+def search(run: Run, as_json: bool) -> None:
     """Train the dense network if need be, then search for schedules.
 
     \b
@@ -75,11 +89,11 @@ def search(run: Run) -> None:
     rlcompress search quickstart --searcher random --out runs/quickstart-random
     rlcompress search quickstart --searcher knapsack --sensitivity refitted
     """
-    run.search()
+    run.search(as_json=as_json)
 
 
 @app.command()
-@experiment_verb(shorts=["searcher"])
+@experiment_verb(begins=True, shorts=["searcher"])
 def ticket(run: Run) -> None:
     """Retrain the best schedules into tickets, with their controls.
 
@@ -91,7 +105,7 @@ def ticket(run: Run) -> None:
 
 
 @app.command()
-@experiment_verb()
+@experiment_verb(begins=True)
 def tune(run: Run) -> None:
     """Search PPO's reward and settings with Ray Tune; one front of all trials.
 
@@ -102,7 +116,7 @@ def tune(run: Run) -> None:
 
 
 @app.command()
-@experiment_verb()
+@experiment_verb(begins=True)
 def dynamic(run: Run) -> None:
     """Compress the network during one training run, with the policy in the loop.
 
@@ -137,7 +151,7 @@ def report(run: Run) -> None:
 
 
 @app.command("train-policy")
-@experiment_verb()
+@experiment_verb(begins=True)
 def train_policy(run: Run) -> None:
     """Train one policy on the networks of `zoo`, for networks it never saw.
 
@@ -178,4 +192,5 @@ def transfer(
     given = {"searcher": "transfer", "policy": policy, "episodes": str(evaluations)}
     # Behind them what --set says, which wins.
     shorts = [f"search.{key}={value}" for key, value in given.items()]
-    open_run(name, file, [*shorts, "search.baselines=[]", *(sets or ())], out).transfer()
+    overrides = [*shorts, "search.baselines=[]", *(sets or ())]
+    open_run(name, file, overrides, out, begins=True).transfer()

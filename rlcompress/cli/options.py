@@ -9,22 +9,35 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlcompress.cli import complete, interrupt
 from rlcompress.core.errors import UserError
+from rlcompress.lock import Lock
 
 if TYPE_CHECKING:
     from rlcompress.stages import Run
 
-Name = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A name that `ls` lists.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="EXPERIMENT", help="A name that `ls` lists.", autocompletion=complete.names
+    ),
+]
 File = Annotated[Path, typer.Option("--file", metavar="PATH", help="The experiments file.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override an option; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override an option; may be repeated.",
+        autocompletion=complete.keys,
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -32,6 +45,9 @@ Out = Annotated[
 ]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over; the old run folder moves to DIR.1, DIR.2, …")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, for scripts; the rest goes to stderr.")
 ]
 _SHORTS: dict[str, Any] = {
     "searcher": typer.Option(
@@ -56,8 +72,11 @@ def open_run(
     *,
     shorts: Mapping[str, str | None] | None = None,
     fresh: bool = False,
+    begins: bool = False,
+    as_json: bool = False,
 ) -> Run:
-    """Validate first; only then load torch, and touch the disk."""
+    """Validate first; only then load torch, and touch the disk. `begins`: work that takes a while;
+    its first line does not wait for torch either."""
     from rlcompress import spec
 
     given = {short: value for short, value in (shorts or {}).items() if value}
@@ -67,7 +86,7 @@ def open_run(
     # A short option as --set: every verb takes that.
     words += [word for text in overrides for word in ("--set", text)]
     words += ["--out", str(out)] if out else []
-    folder = out or Path(os.environ.get(RUNS, "runs")).expanduser() / name
+    folder = interrupt.folder = out or Path(os.environ.get(RUNS, "runs")).expanduser() / name
     check_folder(folder)
     if fresh and experiment.storage:
         raise UserError(
@@ -76,6 +95,10 @@ def open_run(
         )
     if fresh:
         move_aside(folder)
+    if begins:
+        line = f"{name} in {folder}; the libraries' messages go to {folder / 'log.txt'}"
+        typer.echo(line, err=as_json)
+        sys.stdout.flush()
 
     from rlcompress import stages
 
@@ -83,7 +106,8 @@ def open_run(
 
 
 def check_folder(folder: Path) -> None:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    above = (folder.absolute(), *folder.absolute().parents)
+    there = next(path for path in above if os.path.exists(path))  # False where one may not look
     if not there.is_dir():
         raise UserError(f"{folder}: {there} is a file; name another folder with --out DIR")
     if not os.access(there, os.W_OK):
@@ -109,22 +133,29 @@ def move_aside(folder: Path) -> None:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    folder.rename(aside)
+    with Lock(folder):
+        folder.rename(aside)
     typer.echo(f"the old run is now in {aside}", err=True)
 
 
 def experiment_verb(
-    *, fresh: bool = False, shorts: Sequence[str] = ()
-) -> Callable[[Callable[[Run], None]], Callable[..., None]]:
+    *,
+    begins: bool = False,
+    fresh: bool = False,
+    shorts: Sequence[str] = (),
+    json: bool = False,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A verb that takes a run becomes one that takes the command line's options for it:
     EXPERIMENT, --file, --set, --out, --fresh where starting over is meant, and the short
-    options named."""
+    options named. `begins`: see `open_run`. With `json` it is told too whether --json is given,
+    as `as_json`."""
 
-    def decorate(verb: Callable[[Run], None]) -> Callable[..., None]:
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
         def command(**given: Any) -> None:
             names = {short: given.pop(short) for short in shorts}
-            verb(open_run(**given, shorts=names))
+            told = {"as_json": given.pop("as_json")} if json else {}
+            verb(open_run(**given, **told, shorts=names, begins=begins), **told)
 
         options: dict[str, tuple[Any, Any]] = {
             "name": (Name, inspect.Parameter.empty),
@@ -132,6 +163,7 @@ def experiment_verb(
             "sets": (Sets, None),
             "out": (Out, None),
             **({"fresh": (Fresh, False)} if fresh else {}),
+            **({"as_json": (AsJson, False)} if json else {}),
             **{short: (Annotated[str | None, _SHORTS[short]], None) for short in shorts},
         }
         # typer reads a command's options from its signature.

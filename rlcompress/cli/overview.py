@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from rlcompress import __version__
 from rlcompress.cli.app import app
-from rlcompress.cli.options import FILE, File
+from rlcompress.cli.options import FILE, AsJson, File
+
+if TYPE_CHECKING:
+    from rlcompress.spec import ExperimentFile
 
 
 @app.command("ls")
-def ls_(file: File = FILE) -> None:
+def ls_(file: File = FILE, as_json: AsJson = False) -> None:
     """List the experiments, and the run folders that exist.
 
     \b
@@ -25,6 +30,9 @@ def ls_(file: File = FILE) -> None:
     from rlcompress import spec
 
     experiments = spec.load_experiments(file)
+    if as_json:
+        typer.echo(json.dumps(_listed(experiments), indent=1))
+        return
     width = max((len(name) for name in experiments.experiments), default=0)
     for name in experiments.experiments:
         try:
@@ -35,6 +43,22 @@ def ls_(file: File = FILE) -> None:
         folder = Path("runs") / name
         note = f"  [{folder}]" if folder.is_dir() else ""
         typer.echo(f"{name:<{width}}  {text}{note}".rstrip())
+
+
+def _listed(file: ExperimentFile) -> list[dict[str, Any]]:
+    """name, description, run folder or null, problems."""
+    from rlcompress import spec
+
+    rows = []
+    for name in file.experiments:
+        row: dict[str, Any] = {"name": name, "description": None, "problems": []}
+        try:
+            row["description"] = spec.resolve(file, name).description
+        except spec.SpecError as error:
+            row["problems"] = error.lines
+        folder = Path("runs") / name
+        rows.append({**row, "folder": str(folder) if folder.is_dir() else None})
+    return rows
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rlcompress.cli.app import app
+from rlcompress.cli.options import AsJson
 
 tickets_app = typer.Typer(
     invoke_without_command=True,
@@ -23,7 +24,6 @@ Uri = Annotated[
         help="MLflow's tracking URI.  [default: MLFLOW_TRACKING_URI, else runs/*/mlflow.db]",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @tickets_app.callback()

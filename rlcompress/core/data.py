@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import OutsideError, UserError, blame
 from rlcompress.core.models import find_factory
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -165,7 +165,7 @@ def _torchvision(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
         try:
             dataset = getattr(torchvision.datasets, name)("data", train=train, download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(
+            raise OutsideError(
                 f"data {name}: not in data/ and the download failed ({error}); "
                 "put the files there or go online once"
             ) from error
@@ -181,7 +181,10 @@ BUILT_IN: Mapping[str, Callable[..., Data]] = {
 
 
 def _tensors(dataset: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    items = [dataset[i] for i in range(len(dataset))]
+    try:
+        items = [dataset[i] for i in range(len(dataset))]
+    except Exception as error:  # the user's own code raises what it likes
+        raise UserError(f"data: the {name} split cannot be read: {blame(error)}") from error
     if not items:
         raise UserError(f"data: the {name} split is empty")
     for item in items:
@@ -195,8 +198,54 @@ def _tensors(dataset: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     shapes = {tuple(image.shape) for image, _ in items}
     if len(shapes) > 1:
         raise UserError(f"data: the {name} split has images of varying shape: {sorted(shapes)[:3]}")
-    labels = torch.tensor([int(label) for _, label in items])
+    labels = torch.tensor([_label(label, name) for _, label in items])
     return torch.stack([image for image, _ in items]), labels
+
+
+def _label(label: Any, name: str) -> int:
+    try:
+        if int(label) == label and label >= 0:
+            return int(label)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise UserError(
+        f"data: the {name} split has the label {label!r}; allowed: whole numbers from 0 on"
+    )
+
+
+#: Images that each split needs: batch norms take two, validation is cut into two parts.
+_FEWEST = {"train": 2, "validation": 2, "test": 1}
+
+
+def _sound(data: Data) -> Data:
+    """The data, if a network can be trained and judged on it. Raises UserError with every problem
+    at once."""
+    found = []
+    shape = tuple(data.train.raw_NCHW.shape[1:])
+    for name, fewest in _FEWEST.items():
+        split: Split = getattr(data, name)
+        raw = split.raw_NCHW
+        if raw.dim() != 4 or tuple(raw.shape[1:]) != shape:
+            found.append(
+                f"data: the {name} split has images of shape {tuple(raw.shape[1:])}; allowed: "
+                f"(C, H, W), the same in all splits (train: {shape})"
+            )
+        if len(raw) != len(split) or len(split) < fewest:
+            found.append(
+                f"data: the {name} split has {len(raw)} images and {len(split)} labels; allowed: "
+                f"as many of both, {fewest} or more"
+            )
+        elif raw.is_floating_point() and not bool(raw.isfinite().all()):
+            number = int((~raw.isfinite().flatten(1).all(1)).nonzero()[0])
+            found.append(f"data: image {number} of the {name} split has values that are not finite")
+    if len(data.train.labels_N) and len(data.train.labels_N.unique()) < 2:
+        only = int(data.train.labels_N[0])
+        found.append(
+            f"data: the train split has only one class ({only}); there is nothing to tell apart"
+        )
+    if found:
+        raise UserError(*found)
+    return data
 
 
 def build_data(factory: str, args: Mapping[str, Any]) -> Data:
@@ -208,10 +257,12 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
     function = find_factory(factory, BUILT_IN)
     try:
         made = function(**args)
-    except TypeError as error:
-        raise UserError(f'data "{factory}" with {dict(args)}: {error}') from error
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code raises what it likes
+        raise UserError(f'data "{factory}" with {dict(args)}: {blame(error)}') from error
     if isinstance(made, Data):
-        return made
+        return _sound(made)
     if not (isinstance(made, tuple | list) and len(made) == 3):
         raise UserError(f'data "{factory}": a factory returns train, validation and test data sets')
     names = ("train", "validation", "test")
@@ -219,4 +270,4 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
     classes = int(max(labels.max() for _, labels in parts)) + 1
     # The user's own transform has normalised these images already.
     train, validation, test = (Split(images, labels) for images, labels in parts)
-    return Data(train, validation, test, classes)
+    return _sound(Data(train, validation, test, classes))

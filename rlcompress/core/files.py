@@ -92,12 +92,30 @@ class JsonLines:
         self.close()
 
 
+def read_json(path: Path) -> Any:
+    """What `save_json` wrote. Raises UserError on a damaged file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: damaged ({error}); remove {path.parent} to make it again, or start over "
+            "with --fresh"
+        ) from error
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a file that `JsonLines` wrote; [] without a file."""
+    """All whole lines of a file that `JsonLines` wrote; [] without a file. Raises UserError on a
+    damaged line."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); remove it") from error
+    return rows
 
 
 def read_archive(path: Path) -> list[Record]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from rlcompress.core import small_models
 from rlcompress.core.attention import plain_attention
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, blame
 
 #: Convolutions of each of VGG's five stages (Simonyan & Zisserman, 2015, table 1: A, D, E), and
 #: their output channels; a pooling ends each stage.
@@ -172,8 +172,9 @@ def find_factory(reference: str, built_in: Mapping[str, Callable[..., Any]]) -> 
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f'factory "{reference}": cannot import {module_name}: {error}') from error
+    except Exception as error:  # whatever the user's module runs
+        why = error if isinstance(error, ImportError) else blame(error)
+        raise UserError(f'factory "{reference}": cannot import {module_name}: {why}') from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         near = difflib.get_close_matches(attribute, dir(module), 1)
@@ -208,8 +209,10 @@ def build_model(
         torch.manual_seed(seed)
         try:
             model = function(**kwargs)
-        except (TypeError, ValueError) as error:
-            raise UserError(f'model "{factory}" with {kwargs}: {error}') from error
+        except UserError:
+            raise
+        except Exception as error:  # the user's own code raises what it likes
+            raise UserError(f'model "{factory}" with {kwargs}: {blame(error)}') from error
     if not isinstance(model, nn.Module):
         raise UserError(
             f'model "{factory}" gave a {type(model).__name__}; a factory returns a torch.nn.Module'

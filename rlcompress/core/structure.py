@@ -53,6 +53,18 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     return _checked(model, network)
 
 
+@torch.inference_mode()
+def require_logits(model: nn.Module, example: torch.Tensor, classes: int) -> None:
+    """Raises UserError unless the network, which `build_network` could read, answers one image
+    (1, C, H, W) with logits (1, classes) or more."""
+    shape = tuple(model.eval()(example).shape)
+    if len(shape) != 2 or shape[0] != 1 or shape[1] < classes:
+        raise UserError(
+            f"{type(model).__name__} returns {shape} for one image; "
+            f"allowed: logits (1, {classes}), one for each class of the data"
+        )
+
+
 def _refuse_shared(weights: dict[str, torch.Tensor]) -> None:
     names: dict[int, str] = {}
     for name, weight in weights.items():

@@ -10,13 +10,16 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import grpc
 import ray
 
-from rlcompress.core.errors import UserError, first_line
+from rlcompress.core.errors import OutsideError, UserError, first_line
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.schema import PPOSpec
 
 OBJECT_STORE_BYTES = 2**30
+#: For a cluster to say that it is there.
+ANSWER_SECONDS = 10.0
 
 _shared: dict[int, tuple[Bundle, Any]] = {}
 _problems: dict[str, Problem] = {}
@@ -26,25 +29,26 @@ def start_ray(ppo: PPOSpec) -> None:
     """Connects to `ppo.address` or RAY_ADDRESS, else starts Ray on this machine, quietly, with room
     for the env runners: processes that have imported all they need by the time they are asked for.
 
-    Raises UserError if a cluster is named and cannot be reached, if Ray does not start here, or if
-    this machine has not the GPUs. (A cluster may get them later: it waits.)
+    Raises OutsideError if a cluster is named and cannot be reached or Ray does not start here,
+    UserError if this machine has not the GPUs. (A cluster may get them later: it waits.)
     """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     address = ppo.address or os.environ.get("RAY_ADDRESS")
     if address:
+        _require_answer(address)
         try:
             with _sigterm_kept():
                 ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"ppo.address = {address}: no Ray cluster there: {error}") from error
+            raise OutsideError(f"ppo.address = {address}: no Ray cluster there: {error}") from error
     else:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Torch and RLlib take a process ten seconds, which dense training can hide.
         os.environ.setdefault("RAY_preload_python_modules", "rlcompress.rl.ppo")
-        # "local": never join the dying remains of a run that was killed.
         try:
+            # "local": never join the dying remains of a run that was killed.
             with _sigterm_kept():
                 ray.init(
                     "local",
@@ -53,10 +57,10 @@ def start_ray(ppo: PPOSpec) -> None:
                     object_store_memory=OBJECT_STORE_BYTES,
                     **quiet,
                 )
-        except Exception as error:  # what Ray raises where its daemons take more than 30 s
-            raise UserError(
-                f"Ray did not start: {first_line(error)} "
-                "The same command goes on when this machine is less busy"
+        except Exception as error:  # a plain one, where its daemons take more than 30 s
+            raise OutsideError(
+                f"Ray did not start on this machine: {first_line(error)} The same command goes on "
+                "when it is less busy; without Ray: --set ppo.num_env_runners=0"
             ) from error
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -78,6 +82,23 @@ def _sigterm_kept() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+def _require_answer(address: str) -> None:
+    """Raises OutsideError where nobody speaks Ray's protocol: Ray itself waits minutes, and may end
+    the process. Names like "auto" are looked up at once."""
+    place = address.rpartition("://")[2].partition("/")[0]
+    if ":" not in place or os.environ.get("RAY_USE_TLS", "0") == "1":
+        return
+    with grpc.insecure_channel(place) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+        except grpc.FutureTimeoutError:
+            raise OutsideError(
+                f"ppo.address = {address}: no Ray cluster answers there within "
+                f"{ANSWER_SECONDS:.0f} s; start one (ray start --head), or unset ppo.address and "
+                "RAY_ADDRESS to use this machine"
+            ) from None
 
 
 def share(bundle: Bundle) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end as if all were done
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its boxes are printed at any verbosity
 
 import numpy as np

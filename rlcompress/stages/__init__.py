@@ -13,9 +13,11 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rlcompress.core.errors import UserError
-from rlcompress.live import console, noise_to
+from rlcompress.live import console, json_only, noise_to, print_json
+from rlcompress.lock import Lock
 from rlcompress.spec import Experiment
 from rlcompress.stages.check import check
 from rlcompress.stages.deliver import (
@@ -27,7 +29,7 @@ from rlcompress.stages.deliver import (
     tracker_of,
 )
 from rlcompress.stages.dense import train_dense
-from rlcompress.stages.search import print_front, search_all
+from rlcompress.stages.search import print_front, search_all, searched
 from rlcompress.stages.ticket import make_tickets
 from rlcompress.stages.workspace import Workspace
 
@@ -35,9 +37,13 @@ __all__ = ["Run", "Workspace"]
 
 
 def _prepare(run: Workspace) -> None:
-    """Ray takes many seconds to start and RLlib to import; dense training hides it."""
+    """Ray takes many seconds to start and RLlib to import; dense training hides it. A network that
+    cannot be compressed, and a cluster that does not answer, are told before."""
+    if not (run.folder / "dense" / "metrics.json").exists():
+        run.require_reachable()
     ppo, search = run.experiment.ppo, run.experiment.search
-    if (run.folder / "tracked.json").exists() or "ppo" not in (search.searcher, *search.baselines):
+    on_ray = "ppo" in (search.searcher, *search.baselines)
+    if (run.folder / "tracked.json").exists() or not (on_ray or run.has_workers()):
         return
     uniform = "uniform" in search.baselines and search.searcher != "uniform"
     if len(run.tickets()) >= run.experiment.ticket.top + uniform:
@@ -45,9 +51,10 @@ def _prepare(run: Workspace) -> None:
     if ppo.num_env_runners:
         # In this thread: Ray's processes die with the thread that started them.
         importlib.import_module("rlcompress.rl.cluster").start_ray(ppo)
-    threading.Thread(
-        target=importlib.import_module, args=["rlcompress.rl.ppo"], daemon=True
-    ).start()
+    if on_ray:
+        threading.Thread(
+            target=importlib.import_module, args=["rlcompress.rl.ppo"], daemon=True
+        ).start()
 
 
 @contextlib.contextmanager
@@ -69,10 +76,11 @@ def _ahead(run: Workspace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _working(run: Workspace) -> Iterator[None]:
-    """The libraries' messages go to the log, and a copy to `storage`, however it ends."""
+def _working(run: Workspace, lock: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Under the lock the libraries' messages go to the log, and a copy to `storage`, however it
+    ends."""
     try:
-        with noise_to(run.log()):
+        with lock, noise_to(run.log()):
             if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # this is a Ray job
                 jobs = importlib.import_module("rlcompress.rl.jobs")
                 jobs.publish(run.folder, run.experiment.ppo)
@@ -90,24 +98,26 @@ class Run:
         """`words`: the options of the command line, for the commands that are printed."""
         self.workspace = Workspace(name, experiment, folder, words)
 
-    def check(self) -> None:
+    def check(self, *, as_json: bool = False) -> None:
         """Prints what would run, and how long it would take; writes nothing."""
-        check(self.workspace)
+        check(self.workspace, as_json=as_json)
 
-    def search(self) -> None:
+    def search(self, *, as_json: bool = False) -> None:
         w = self.workspace
-        w.begin()
-        with _working(w):
-            train_dense(w)
-            records = search_all(w)
-        console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
-        console.print(f"next     {w.next('ticket')}")
+        with json_only(as_json):
+            with _working(w, w.begin()):
+                _prepare(w)
+                train_dense(w)
+                records = search_all(w)
+            console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
+            console.print(f"next     {w.next('ticket')}")
+        if as_json:
+            print_json(searched(w, records))
 
     def ticket(self) -> None:
         w = self.workspace
         w.require_search()
-        w.begin()
-        with _working(w):
+        with _working(w, w.begin()):
             for _ in make_tickets(w):
                 pass
         last_lines(w)
@@ -118,8 +128,8 @@ class Run:
         from rlcompress.stages import tune
 
         tune.require_space(w)
-        w.begin()
-        with _working(w):
+        with _working(w, w.begin()):
+            w.require_reachable()
             train_dense(w)
             trials = tune.tune(w)
             tune.track_trials(w, trials)
@@ -128,8 +138,8 @@ class Run:
     def transfer(self) -> None:
         """A search by a policy from elsewhere, and its front on the terminal."""
         w = self.workspace
-        w.begin()
-        with noise_to(w.log()):
+        with _working(w, w.begin()):
+            _prepare(w)
             train_dense(w)
             search_all(w)
         print_front(w, "transfer")
@@ -141,18 +151,16 @@ class Run:
         from rlcompress.stages import zoo
 
         zoo.members(w)
-        w.begin()
-        with noise_to(w.log()):
+        with _working(w, w.begin()):
             about = zoo.train_policy(w)
         zoo.last_lines(w, about)
 
     def dynamic(self) -> None:
         """Compression during training, beside the stages of `run`."""
         w = self.workspace
-        w.begin()
         from rlcompress.stages import dynamic
 
-        with _working(w):
+        with _working(w, w.begin()):
             train_dense(w)
             ticket = dynamic.compress_in_training(w)
             with tracker_of(w) as tracker:
@@ -164,7 +172,7 @@ class Run:
         tickets = w.tickets()
         if not tickets:
             raise UserError(f"{w.folder}: no ticket of these options yet; {w.next('ticket')}")
-        with _working(w):
+        with _working(w, Lock(w.folder)):
             for path in [path for ticket in tickets for path in export(w, ticket)]:
                 console.print(path)
             finish_tickets(w)
@@ -175,7 +183,8 @@ class Run:
             raise UserError(f"{w.folder}: nothing searched yet; {w.next('run')}")
         from rlcompress.report.page import write_report
 
-        with _working(w):
+        # Without the lock: one may look at a run at work.
+        with _working(w, contextlib.nullcontext()):
             page = write_report(w.folder)
         console.print(page)
 
@@ -183,8 +192,7 @@ class Run:
         """All stages, then the last lines: dense -> ticket. What cannot be exported to ONNX is
         told at the end: it keeps nobody from the ticket."""
         w, problems = self.workspace, list[UserError]()
-        w.begin()
-        with _working(w):
+        with _working(w, w.begin()):
             _prepare(w)
             train_dense(w)
             w.keep()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 import yaml
@@ -18,21 +19,28 @@ from rlcompress.core.data import Split
 from rlcompress.core.problem import Problem, make_bundle
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.sensitivity import estimate
-from rlcompress.core.structure import build_network
+from rlcompress.core.structure import build_network, require_logits
 from rlcompress.core.train import Recipe, train
-from rlcompress.live import console
+from rlcompress.live import console, json_only, print_json
 from rlcompress.schema import CalibrationSpec, SearchSpec
 from rlcompress.searchers import uniform
-from rlcompress.stages.describe import notes, show_structure
+from rlcompress.stages.describe import notes, show_structure, structure_rows
 from rlcompress.stages.workspace import Workspace, default_threads
 
 #: Images, of the calibration's usual 512, that a network without data is tried on.
 TRIED_IMAGES = 32
 
 
-def check(run: Workspace) -> None:
+def check(run: Workspace, *, as_json: bool = False) -> None:
     """Prints the resolved experiment, the tables of layers and groups, the dense cost, one
-    measured evaluation and the time to expect."""
+    measured evaluation and the time to expect; or all of that as JSON."""
+    with json_only(as_json):
+        content = _check(run)
+    if as_json:
+        print_json(content)
+
+
+def _check(run: Workspace) -> dict[str, Any]:
     e = run.experiment
     console.print(yaml.safe_dump(e.model_dump(mode="json"), sort_keys=False, width=100).rstrip())
     trained = (run.folder / "dense" / "metrics.json").exists()
@@ -43,18 +51,37 @@ def check(run: Workspace) -> None:
     prepared = time.perf_counter() - begun
     problem.require_reachable(e.search.target)
     untrained = "" if trained else "of the untrained network: only its time means anything"
-    episode = _evaluate(problem, e.search.target, untrained)
-    _expect(run, trained, prepared, episode)
-    console.print(f"next     rlcompress run {run.name}")
+    evaluation = _evaluate(problem, e.search.target, untrained)
+    seconds = _expect(run, trained, prepared, evaluation["seconds"])
+    console.print(f"next     {run.next('run')}")
+    return {
+        "experiment": run.name,
+        "spec_hash": run.hash,
+        "spec": e.model_dump(mode="json"),
+        **structure_rows(run.structure),
+        "evaluation": evaluation,
+        "most_ratio": problem.max_ratio(),
+        "expected_seconds": seconds,
+    }
 
 
-def check_model(factory: str, input_shape: tuple[int, ...], num_classes: int) -> None:
+def check_model(
+    factory: str, input_shape: tuple[int, ...], num_classes: int, *, as_json: bool = False
+) -> None:
     """The same for a network without data: random weights, noise for images."""
+    with json_only(as_json):
+        content = _check_model(factory, input_shape, num_classes)
+    if as_json:
+        print_json(content)
+
+
+def _check_model(factory: str, input_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
     torch.set_num_threads(default_threads())
     ref = ModelRef(factory, {}, num_classes, input_shape)
     model = ref.build()
     search = SearchSpec()
     network = build_network(model, ref.example(), round_to=search.round_to)
+    require_logits(model, ref.example(), 1)
     show_structure(network)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(TRIED_IMAGES, *input_shape, generator=generator)
@@ -67,19 +94,26 @@ def check_model(factory: str, input_shape: tuple[int, ...], num_classes: int) ->
     bundle = make_bundle(model, ref, network, fit, score, estimates, cache_bytes=0)
     problem = bundle.problem()
     largest = problem.max_ratio()
-    episode = _evaluate(problem, (min(8.0, largest), largest), "noise, random weights")
+    evaluation = _evaluate(problem, (min(8.0, largest), largest), "noise, random weights")
     calibration = CalibrationSpec()
     images = calibration.fit_images + calibration.score_images
-    seconds = episode * images / TRIED_IMAGES * search.episodes
+    seconds = evaluation["seconds"] * images / TRIED_IMAGES * search.episodes
     console.print(
         f"to expect, about: {seconds / 60:.0f} minutes for {search.episodes} evaluations of "
         f"{images} images in one process; at most {largest:.0f}x fewer bytes"
     )
     console.print("next     name it in experiments.yaml: model: {factory: " + factory + "}")
+    return {
+        "model": factory,
+        **structure_rows(network),
+        "evaluation": evaluation,
+        "most_ratio": largest,
+        "expected_seconds": {"search": seconds},
+    }
 
 
-def _evaluate(problem: Problem, target: tuple[float, float], note: str) -> float:
-    """Measures one schedule; the seconds."""
+def _evaluate(problem: Problem, target: tuple[float, float], note: str) -> dict[str, Any]:
+    """Measures one schedule: seconds, ratio, accuracy, and what is to be known of them."""
     for line in notes(problem.network, problem.evaluator):
         console.print(line)
     sizes = uniform.grid(problem, target)
@@ -94,7 +128,12 @@ def _evaluate(problem: Problem, target: tuple[float, float], note: str) -> float
         f"one evaluation: {seconds:.2f} s, {problem.dense.bytes / measurement.bytes:.1f}x, "
         f"accuracy {measurement.accuracy:.1%}{f' ({note})' if note else ''}"
     )
-    return seconds
+    return {
+        "seconds": seconds,
+        "ratio": problem.dense.bytes / measurement.bytes,
+        "accuracy": measurement.accuracy,
+        "note": note,
+    }
 
 
 def _image_seconds(run: Workspace) -> float:
@@ -110,8 +149,8 @@ def _image_seconds(run: Workspace) -> float:
     return (time.perf_counter() - begun) / len(sample)
 
 
-def _expect(run: Workspace, trained: bool, prepared: float, episode: float) -> None:
-    """Adds up what a run takes."""
+def _expect(run: Workspace, trained: bool, prepared: float, episode: float) -> dict[str, float]:
+    """Adds up what a run takes: seconds by stage."""
     e = run.experiment
     image = _image_seconds(run)
     own = e.search.episodes
@@ -131,3 +170,4 @@ def _expect(run: Workspace, trained: bool, prepared: float, episode: float) -> N
         + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in parts.items())
         + f"; {sum(parts.values()) / 60:.1f} minutes in all"
     )
+    return parts

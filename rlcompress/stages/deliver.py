@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcompress.core.artifact import folded, load_artifact, read_artifact
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.export import export_onnx, latency, onnx_logits
-from rlcompress.core.files import save_bytes, save_json
-from rlcompress.live import console
+from rlcompress.core.files import read_json, save_bytes, save_json
+from rlcompress.live import console, stage
 from rlcompress.report.card import delivered, model_card
 from rlcompress.stages.workspace import Workspace
 
@@ -38,7 +37,7 @@ def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
     kinds: list[tuple[str, Literal["float", "int8"]]] = []
     kinds += [("model.onnx", "float")] if wanted.onnx else []
     kinds += [("model.int8.onnx", "int8")] if wanted.int8 else []
-    done = json.loads(about.read_text()) if about.exists() else {}
+    done = read_json(about) if about.exists() else {}
     for name, activations in kinds:
         if name in done and (folder / name).exists():
             continue
@@ -73,20 +72,32 @@ def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
 def finish_tickets(run: Workspace) -> None:
     """What is measured when nothing else runs: latencies; and the cards."""
     spec = run.experiment.model_dump(mode="json")
+    folders = {ticket["id"]: run.folder / "tickets" / ticket["id"] for ticket in run.tickets()}
+    untimed = {name: folder for name, folder in folders.items() if _untimed(run, folder)}
+    if untimed:
+        with stage("export", len(untimed)) as shown:
+            for done, (name, folder) in enumerate(untimed.items(), start=1):
+                _time(run, folder)
+                shown.update(done, f"timed {name}")
     for ticket in run.tickets():
-        folder = run.folder / "tickets" / ticket["id"]
-        _time(run, folder)
+        folder = folders[ticket["id"]]
         card = model_card(ticket, run.name, spec, delivered(folder))
         save_bytes(folder / "card.md", card.encode())
+
+
+def _untimed(run: Workspace, folder: Path) -> bool:
+    """Whether a ticket has files that `latency.json` does not tell of."""
+    path, files = folder / "latency.json", delivered(folder)["onnx"]
+    done = read_json(path) if path.exists() else {}
+    timed = (done.get(str(batch), {}) for batch in run.experiment.export.latency)
+    return bool(files) and not all(times.keys() > files.keys() for times in timed)
 
 
 def _time(run: Workspace, folder: Path) -> None:
     """`latency.json`: batch -> file -> milliseconds, one thread, dense and ticket in turns."""
     path, batches = folder / "latency.json", run.experiment.export.latency
+    done = read_json(path) if path.exists() else {}
     files = {name: folder / name for name in delivered(folder)["onnx"]}
-    done = json.loads(path.read_text()) if path.exists() else {}
-    if not files or all(done.get(str(batch), {}).keys() > files.keys() for batch in batches):
-        return
     files = {"dense": _dense_onnx(run), **files}
     shape = run.ref.input_shape
     for batch in batches:
@@ -119,17 +130,13 @@ def tracked(run: Workspace) -> bool:
     made = [run.folder / "report" / "index.html"]
     if state["uri"] is None:
         made.append(run.folder / "mlflow.db")
-    return (
-        marker.exists()
-        and json.loads(marker.read_text()) == state
-        and all(path.exists() for path in made)
-    )
+    return marker.exists() and read_json(marker) == state and all(path.exists() for path in made)
 
 
 @contextlib.contextmanager
 def tracker_of(run: Workspace) -> Iterator[Tracker]:
-    """The run's tracker, whose parent run is finished behind. Raises UserError if MLflow does not
-    answer."""
+    """The run's tracker, whose parent run is finished behind. Raises OutsideError if MLflow does
+    not answer."""
     from rlcompress.tracking import Tracker, TrackingError
 
     try:
@@ -143,17 +150,17 @@ def tracker_of(run: Workspace) -> Iterator[Tracker]:
         yield tracker
         tracker.finish()
     except TrackingError as error:
-        raise UserError(
+        raise OutsideError(
             f"{error}", f"all results are in {run.folder}; the same command tries MLflow again"
         ) from error
 
 
 def track(run: Workspace) -> None:
-    """Brings MLflow up to what the run folder holds. Raises UserError if it does not answer."""
+    """Brings MLflow up to what the run folder holds. Raises OutsideError if it does not answer."""
     from rlcompress.tracking import UnexportableError
 
     with tracker_of(run) as tracker:
-        tracker.log_dense(json.loads((run.folder / "dense" / "metrics.json").read_text()))
+        tracker.log_dense(read_json(run.folder / "dense" / "metrics.json"))
         tracker.log_archive(run.archive())
         tickets = run.tickets()
         for ticket in tickets:

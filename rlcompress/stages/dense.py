@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError, first_line
-from rlcompress.core.files import save_json
+from rlcompress.core.files import read_json, save_json
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.tensors import load_tensors, save_tensors
 from rlcompress.core.train import Recipe, logits_of, measure, train
@@ -30,10 +29,12 @@ def train_dense(run: Workspace) -> dict[str, Any]:
     inputs = spec_hash(e, *DENSE_INPUTS)
     path = folder / "metrics.json"
     if path.exists():
-        metrics: dict[str, Any] = json.loads(path.read_text())
+        metrics: dict[str, Any] = read_json(path)
         if metrics["inputs"] == inputs:
             return metrics
         run.set_aside(folder)
+    # What cannot be compressed need not be trained.
+    network = run.structure
     begun, d = time.monotonic(), e.dense
     model = run.ref.build(e.seed)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -70,7 +71,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
             )
     save_tensors(folder / "trained.safetensors", model.state_dict())
     logits = logits_of(model, selection)
-    cost = CostModel(run.structure).cost(Schedule())
+    cost = CostModel(network).cost(Schedule())
     metrics = {
         "inputs": inputs,
         "seed": e.seed,

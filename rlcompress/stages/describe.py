@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich.table import Table
 
@@ -36,6 +37,37 @@ def show_structure(network: Network) -> None:
         f"dense: {len(network.layers)} layers in {len(network.groups)} groups ({whole} protected), "
         f"{cost.bytes:,} bytes, {cost.params:,} parameters, {cost.macs:,} MACs"
     )
+
+
+def structure_rows(network: Network) -> dict[str, Any]:
+    """The tables of `show_structure` as plain values."""
+    layers = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "in_channels": layer.in_channels,
+            "out_channels": layer.out_channels,
+            "kernel": layer.kernel,
+            "params": layer.weights,
+            "macs": layer.macs,
+            "group": layer.group,
+            "protected": layer.protected,
+        }
+        for layer in network.layers.values()
+    ]
+    groups = [
+        {
+            "name": group.name,
+            "channels": group.channels,
+            "layers": list(group.layers),
+            "consumers": list(group.consumers),
+            "protected": group.protected,
+        }
+        for group in network.groups.values()
+    ]
+    cost = CostModel(network).cost(Schedule())
+    dense = {"bytes": cost.bytes, "params": cost.params, "macs": cost.macs}
+    return {"layers": layers, "groups": groups, "dense": dense}
 
 
 def notes(network: Network, evaluator: Evaluator) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcompress.core.artifact import load_artifact
-from rlcompress.core.files import JsonLines, save_json
+from rlcompress.core.files import JsonLines, read_json, save_json
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
 from rlcompress.core.train import logits_of, measure
@@ -48,7 +48,7 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     folder, d = run.folder / "dynamic", run.experiment.dynamic
     path = folder / "ticket.json"
     if path.exists():
-        ticket: dict[str, Any] = json.loads(path.read_text())
+        ticket: dict[str, Any] = read_json(path)
         if ticket["inputs"] == run.dynamic_inputs():
             return ticket
     training = training_of(run)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.live import console
 from rlcompress.tracking import Found, TrackingError, find_tickets, show_ticket, stores
 
@@ -18,7 +18,7 @@ def list_tickets(uri: str | None, *, as_json: bool) -> None:
     try:
         found = find_tickets(places)
     except TrackingError as error:
-        raise UserError(str(error)) from error
+        raise OutsideError(str(error)) from error
     if as_json:
         console.print_json(json.dumps([asdict(t) for t in found]))
         return
@@ -59,7 +59,9 @@ def print_ticket(name: str, uri: str | None, *, as_json: bool) -> None:
     """One ticket with its lineage and schedule. Raises UserError unless `name` means one."""
     try:
         t, schedule = show_ticket(stores(uri), name)
-    except (TrackingError, ValueError) as error:
+    except TrackingError as error:
+        raise OutsideError(str(error)) from error
+    except ValueError as error:
         raise UserError(str(error)) from error
     if as_json:
         console.print_json(json.dumps({**asdict(t), "schedule": schedule}))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from rlcompress import searchers
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import JsonLines, save_json
+from rlcompress.core.files import JsonLines, read_json, save_json
 from rlcompress.core.pareto import Front, archive_front, best_at_floor
 from rlcompress.core.schedule import Measurement, Record
 from rlcompress.live import Stage, console, stage
@@ -43,7 +43,7 @@ def search_all(run: Workspace) -> list[Record]:
     for name in dict.fromkeys([e.search.searcher, *e.search.baselines]):
         finished = folder / f"{name}.done"
         mine = [r for r in records if r.searcher == name]
-        if finished.exists() and json.loads(finished.read_text()) >= budgets[name]:
+        if finished.exists() and read_json(finished) >= budgets[name]:
             continue
         if len(mine) < budgets[name]:
             _search_with(run, name, budgets[name], mine, records, policy)
@@ -52,6 +52,30 @@ def search_all(run: Workspace) -> list[Record]:
     if not (folder / "layers.json").exists():
         _describe_problem(run, folder)
     return run.archive()
+
+
+def searched(run: Workspace, records: list[Record]) -> dict[str, Any]:
+    """What `search --json` prints: the dense network's measurement, and of each searcher its
+    front and the densest schedule at the accuracy floor (null if there is none)."""
+    dense = Measurement.from_dict(read_json(run.folder / "search" / "dense.json"))
+    floor = dense.accuracy - run.experiment.ticket.floor / 100
+    rows = {}
+    for name in dict.fromkeys(r.searcher for r in records):
+        mine = [r for r in records if r.searcher == name]
+        best = best_at_floor(mine, floor)
+        rows[name] = {
+            "evaluations": len(mine),
+            "best": json.loads(best.to_json()) if best else None,
+            "front": [json.loads(r.to_json()) for r in archive_front(mine)],
+        }
+    return {
+        "experiment": run.name,
+        "spec_hash": run.hash,
+        "archive": str(run.folder / "search" / "archive.jsonl"),
+        "dense": dense.to_dict(),
+        "floor": floor,
+        "searchers": rows,
+    }
 
 
 def _describe_problem(run: Workspace, folder: Path) -> None:
@@ -93,7 +117,7 @@ def _search_with(
     with (
         JsonLines(folder / "archive.jsonl", interval=SYNC_SECONDS) as archive,
         JsonLines(folder / "curve.jsonl", interval=SYNC_SECONDS) as curve,
-        stage(f"search {name}", budget) as shown,
+        stage(f"search {name}", budget, len(history)) as shown,
     ):
 
         def on_iteration(row: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from torch import nn
 from rlcompress import __version__
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator
-from rlcompress.core.files import save_json
+from rlcompress.core.files import read_json, save_json
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import (
     Arm,
@@ -61,7 +60,7 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
     run.require_search()
     chosen = winners(run, run.archive())
     for path in sorted((run.folder / "tickets").glob("*/ticket.json")):
-        if json.loads(path.read_text())["inputs"] != run.ticket_inputs():
+        if read_json(path)["inputs"] != run.ticket_inputs():
             run.set_aside(path.parent)
         for leftover in path.parent.glob("*.checkpoint"):
             leftover.unlink()

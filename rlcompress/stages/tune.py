@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import JsonLines, read_lines, save_json
+from rlcompress.core.files import JsonLines, read_json, read_lines, save_json
 from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
 from rlcompress.live import console, stage
@@ -44,7 +44,7 @@ def tune(run: Workspace) -> list[Trial]:
     as its trial has reported it, `tune/trials.json` says what the trials were."""
     e, folder = run.experiment, run.folder / "tune"
     marker = folder / "inputs.json"
-    if marker.exists() and json.loads(marker.read_text())["inputs"] != run.tune_inputs():
+    if marker.exists() and read_json(marker)["inputs"] != run.tune_inputs():
         run.set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(marker, {"inputs": run.tune_inputs()})
@@ -78,7 +78,11 @@ def tune(run: Workspace) -> list[Trial]:
     }
     with (
         JsonLines(folder / "archive.jsonl") as archive,
-        stage("tune", points * e.tune.trials * evaluations) as shown,
+        stage(
+            "tune",
+            points * e.tune.trials * evaluations,
+            sum(len(t.records) for t in trials.values()),
+        ) as shown,
     ):
 
         def on_row(options: Mapping[str, Any], row: Mapping[str, Any]) -> None:
@@ -127,7 +131,7 @@ def _known(run: Workspace) -> dict[str, Trial]:
         record = Record.from_json(json.dumps(line["record"]))
         _trial(trials, line["options"]).records[record.evaluation] = record
     path = run.folder / "tune" / "trials.json"
-    for row in json.loads(path.read_text()) if path.exists() else []:
+    for row in read_json(path) if path.exists() else []:
         _trial(trials, row["options"]).hypervolume = row["hypervolume"]
     return trials
 
@@ -142,7 +146,7 @@ def merged(trials: list[Trial]) -> list[Record]:
 
 
 def track_trials(run: Workspace, trials: list[Trial]) -> None:
-    """A child run in MLflow for each trial. Raises UserError if it does not answer."""
+    """A child run in MLflow for each trial. Raises OutsideError if it does not answer."""
     with tracker_of(run) as tracker:
         for t in trials:
             tracker.log_trial(t.number, t.options, list(t.records.values()), t.hypervolume)

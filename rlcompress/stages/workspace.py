@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rlcompress.core.artifact import ModelRef
+from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Data, Split, build_data
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.evaluate import Evaluator, build_evaluator
-from rlcompress.core.files import read_archive, save_json
+from rlcompress.core.files import read_archive, read_json, save_json
 from rlcompress.core.graph import Network
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.problem import Bundle, Problem, make_bundle, pick_device
-from rlcompress.core.schedule import Record
+from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.sensitivity import Estimates, estimate
-from rlcompress.core.structure import build_network
+from rlcompress.core.structure import build_network, require_logits
 from rlcompress.core.tensors import load_tensors
 from rlcompress.live import console
+from rlcompress.lock import Lock
 from rlcompress.spec import Experiment, spec_hash, write_resolved
 from rlcompress.stages.storage import Storage
 
@@ -44,6 +48,18 @@ def default_threads() -> int:
     """Half the cores: the layers are small, and on few cores a second thread costs more in
     waiting than it brings (5.8 s against 20 s for the estimates on two)."""
     return max(1, cores() // 2)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises UserError for tensors of a run folder that are damaged or gone."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: damaged or missing ({first_line(error)}); "
+            f"remove {path.parent} to make it again, or start over with --fresh"
+        ) from error
 
 
 class Workspace:
@@ -74,7 +90,7 @@ class Workspace:
         marker = self.folder / "search" / "inputs.json"
         if not marker.exists() or not self.archive():
             raise UserError(f"{self.folder}: nothing searched yet; {self.next('search')}")
-        if json.loads(marker.read_text())["inputs"] != self.search_inputs():
+        if read_json(marker)["inputs"] != self.search_inputs():
             raise UserError(
                 f"{self.folder}: searched with other options than these; {self.next('search')}"
             )
@@ -96,7 +112,7 @@ class Workspace:
     def claim(self, folder: Path, inputs: str) -> None:
         """Makes `folder` for results of these inputs; what others left there is set aside."""
         marker = folder / "inputs.json"
-        if marker.exists() and json.loads(marker.read_text())["inputs"] != inputs:
+        if marker.exists() and read_json(marker)["inputs"] != inputs:
             self.set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_json(marker, {"inputs": inputs})
@@ -141,9 +157,25 @@ class Workspace:
 
     @functools.cached_property
     def structure(self) -> Network:
-        """Layers, groups and what is protected: the same whatever the weights are."""
-        e = self.experiment
-        return build_network(self.ref.build(e.seed), self.ref.example(), round_to=e.search.round_to)
+        """Layers, groups and what is protected: the same whatever the weights are. Raises UserError
+        for a network that cannot be compressed, or that has fewer logits than the data classes."""
+        e, ref = self.experiment, self.ref
+        model, example = ref.build(e.seed), ref.example()
+        network = build_network(model, example, round_to=e.search.round_to)
+        require_logits(model, example, ref.num_classes)
+        return network
+
+    def require_reachable(self) -> None:
+        """Raises UserError if the choices do not allow the largest target. Needs no dense stage;
+        `Problem.require_reachable` knows more, and comes later."""
+        search, costs = self.experiment.search, CostModel(self.structure)
+        smallest = self.structure.uniform(min(search.keeps), min(search.bits))
+        most = costs.cost(Schedule()).bytes / costs.cost(smallest).bytes
+        if search.target[1] > most:
+            raise UserError(
+                f"search.target = {list(search.target)}: at most {most:.1f} is possible "
+                f"with the smallest keep {min(search.keeps)} and bits {min(search.bits)}"
+            )
 
     @functools.cached_property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -164,7 +196,8 @@ class Workspace:
         dense = self.network("trained")
         path = self.folder / "search" / "estimates.safetensors"
         if path.exists():
-            return self.bundle_of(dense, Estimates.load(path))
+            with _readable(path):
+                return self.bundle_of(dense, Estimates.load(path))
         estimates = self.estimate(dense)
         path.parent.mkdir(parents=True, exist_ok=True)
         estimates.save(path)
@@ -226,9 +259,10 @@ class Workspace:
 
     def network(self, which: str) -> nn.Module:
         """init, rewind or trained, from dense/."""
-        tensors, _ = load_tensors(self.folder / "dense" / f"{which}.safetensors")
+        path = self.folder / "dense" / f"{which}.safetensors"
         model = self.ref.build(self.experiment.seed)
-        model.load_state_dict(tensors)
+        with _readable(path):
+            model.load_state_dict(load_tensors(path)[0])
         return model.eval()
 
     def archive(self) -> list[Record]:
@@ -237,7 +271,7 @@ class Workspace:
     def tickets(self) -> list[dict[str, Any]]:
         """All tickets of these very options: searcher by searcher, the best first."""
         paths = sorted((self.folder / "tickets").glob("*/ticket.json"))
-        found = [json.loads(path.read_text()) for path in paths]
+        found = [read_json(path) for path in paths]
         order = [self.experiment.search.searcher, *self.experiment.search.baselines]
         inputs = self.ticket_inputs()
         current = [t for t in found if t["inputs"] == inputs and t["searcher"] in order]
@@ -254,12 +288,14 @@ class Workspace:
         if self.storage is not None:
             self.storage.save(self.folder)
 
-    def begin(self) -> None:
+    def begin(self) -> Lock:
+        """Takes the run folder for this command, until the lock is closed; what `storage` has goes
+        into it. Raises UserError if another one is at work in it."""
+        lock = Lock(self.folder)
         if self.storage is not None:
             self.storage.load(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_resolved(self.experiment, self.name, self.folder / "spec.yaml")
-        console.print(f"{self.name} in {self.folder}; the libraries' messages go to {self.log()}")
+        return lock
 
     def log(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,9 @@ def find_tickets(uris: Sequence[str]) -> list[Found]:
     where a store does not answer."""
     found: list[Found] = []
     for uri in uris:
+        path = Path(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite:///") and not path.is_file():
+            raise TrackingError(f"MLflow at {uri}: no such file")  # SQLite would make one
         try:
             try_database(uri)
             found += _in_store(uri)

@@ -122,7 +122,7 @@ def test_nothing_to_list_is_said_in_a_line(
         "no ticket yet (no runs/*/mlflow.db here); rlcompress run EXPERIMENT makes them\n"
     )
     code, _, err = said(capsys, "--uri", "sqlite:////dev/null/x.db")
-    assert code == 2
+    assert code == 3
     assert "/dev/null" in err
     with pytest.raises(TrackingError, match="/dev/null"):
         find_tickets(["sqlite:////dev/null/x.db"])

@@ -1,0 +1,63 @@
+"""One command at a time in a run folder."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+from rlcompress.core.errors import UserError
+
+
+class Lock:
+    """Holds `folder` (made if need be) until `close`, or the end of the process: the kernel
+    frees it then, however the process ended.
+
+    Raises UserError that says who holds it: process, host, since when, command.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (until `close`)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another command"
+            self._file.close()
+            raise UserError(
+                f"{folder}: in use by {holder}; wait until it ends, stop it, "
+                "or name another folder with --out DIR"
+            ) from None
+        except OSError as error:
+            # Some network file systems have no locks: one command there is the user's care.
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        since = datetime.now().isoformat(" ", "seconds")
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()} since {since}: {command}\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Frees the folder. The file stays: who removes it may remove another's lock."""
+        if not self._file.closed:
+            self._file.truncate(0)
+            self._file.close()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
