@@ -31,9 +31,8 @@ from rlcompress.core.schedule import ARMS, BITS, EVERY_ARM, KEEPS, RECOVERIES, p
 
 MODELS = ("vgg19", "mobilenetv2", "resnet18")
 DATASETS = ("digits", "fashion_mnist", "cifar10")
-Searcher = Literal[
-    "ppo", "untrained", "knapsack", "local", "evolution", "taylor", "random", "uniform"
-]
+SEARCHERS = ("ppo", "untrained", "knapsack", "local", "evolution", "taylor", "random", "uniform")
+CLIPS = ("auto", "kl", "mse")
 
 # What a run may change without invalidating its results: where it runs and what it is called.
 _UNHASHED: Any = {
@@ -60,6 +59,9 @@ def _factory(names: Sequence[str]) -> AfterValidator:
         )
 
     return AfterValidator(check)
+
+
+Searcher = Annotated[str, _factory(SEARCHERS)]
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -184,7 +186,9 @@ class CalibrationSpec(_Section):
 class SearchSpec(_Section):
     """What is searched, by whom, for how long."""
 
-    searcher: Searcher = Field("ppo", description="who proposes schedules")
+    searcher: Searcher = Field(
+        "ppo", description="who proposes schedules: a name, or your own package.module:function"
+    )
     baselines: Annotated[tuple[Searcher, ...], Field(strict=False), AfterValidator(_distinct)] = (
         Field(("uniform",), description="searchers to compare with, on the same evaluator")
     )
@@ -233,7 +237,9 @@ class SearchSpec(_Section):
         description="what knapsack and local solve on: estimates, or one choice at a time measured "
         "with half of the episodes, after batch norms or with readers refitted",
     )
-    clip: Literal["auto", "kl", "mse"] = Field("auto", description="rule for the clipping range")
+    clip: Annotated[str, _factory(CLIPS)] = Field(
+        "auto", description="rule for the clipping range: auto, kl, mse, or package.module:function"
+    )
     cache_mb: int = Field(256, ge=0, description="bound of the activation cache, MiB a process")
 
 
