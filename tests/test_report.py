@@ -371,12 +371,15 @@ def test_model_card_front_matter_and_figures() -> None:
     assert "onnx" not in bare.lower()
     _, head, body = card.split("---\n", 2)
     matter = yaml.safe_load(head)
-    assert "license" not in matter
+    assert matter["license"] == "other"
     assert matter["pipeline_tag"] == "image-classification"
     assert {"pruning", "quantization", "vgg19"} <= set(matter["tags"])
     (result,) = matter["model-index"][0]["results"]
     assert result["dataset"]["split"] == "test"
-    assert result["metrics"] == [{"type": "accuracy", "value": 0.9234}]
+    assert [(m["type"], m["value"]) for m in result["metrics"]] == [
+        ("accuracy", 0.9234),
+        ("bytes", 61_000),
+    ]
     assert "| **ticket (rewind)** | 92.34 % | 61,000 |" in body
     assert "| control: fresh | 81.23 % |" in body
     assert "3-6 bits" in body

@@ -15,7 +15,6 @@ from typing import Any
 
 from rlcompress.core.models import find_factory
 from rlcompress.core.schedule import Record
-
 from rlcompress.searchers.base import Measure, Search, Settings, in_process
 
 __all__ = ["SEARCHERS", "Measure", "Search", "Settings", "find", "in_process"]
