@@ -1,7 +1,7 @@
 """README.md and docs/*.md: every command is one that there is, every block of code runs.
 
-A fenced block `python file=NAME` or `yaml file=NAME` is a file of the reader's; a plain `python` block
-runs among them. (The README's own example is run by test_readme.py.)
+A fenced block `python file=NAME` or `yaml file=NAME` is a file of the reader's; a plain `python`
+block runs among them. (The README's own example is run by test_readme.py.)
 """
 
 from __future__ import annotations
