@@ -34,9 +34,11 @@ MODELS = (
     *("resnet18", "resnet20", "resnet56", "squeezenet", "cnn"),
 )
 DATASETS = ("digits", "fashion_mnist", "cifar10")
-Searcher = Literal[
-    "ppo", "transfer", "untrained", "knapsack", "local", "evolution", "taylor", "random", "uniform"
-]
+SEARCHERS = (
+    *("ppo", "transfer", "untrained", "knapsack", "local"),
+    *("evolution", "taylor", "random", "uniform"),
+)
+CLIPS = ("auto", "kl", "mse")
 
 #: Of an experiment or a network: also the name of a folder.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -67,6 +69,9 @@ def _factory(names: Sequence[str]) -> AfterValidator:
         )
 
     return AfterValidator(check)
+
+
+Searcher = Annotated[str, _factory(SEARCHERS)]
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -191,7 +196,9 @@ class CalibrationSpec(_Section):
 class SearchSpec(_Section):
     """What is searched, by whom, for how long."""
 
-    searcher: Searcher = Field("ppo", description="who proposes schedules")
+    searcher: Searcher = Field(
+        "ppo", description="who proposes schedules: a name, or your own package.module:function"
+    )
     baselines: Annotated[tuple[Searcher, ...], Field(strict=False), AfterValidator(_distinct)] = (
         Field(("uniform",), description="searchers to compare with, on the same evaluator")
     )
@@ -246,7 +253,9 @@ class SearchSpec(_Section):
         description="whom transfer plays and ppo begins with: default (comes with rlcompress), "
         "none, a run folder, or NAME@ALIAS in MLflow",
     )
-    clip: Literal["auto", "kl", "mse"] = Field("auto", description="rule for the clipping range")
+    clip: Annotated[str, _factory(CLIPS)] = Field(
+        "auto", description="rule for the clipping range: auto, kl, mse, or package.module:function"
+    )
     cache_mb: int = Field(256, ge=0, description="bound of the activation cache, MiB a process")
 
 

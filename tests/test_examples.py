@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -43,6 +44,19 @@ def test_a_callback_as_lightning_calls_it():
     ratio, accuracy = re.fullmatch(r"([\d.]+)x fewer bytes, test ([\d.]+)%\n", said).groups()
     assert float(ratio) >= 20.0
     assert float(accuracy) > 80.0
+
+
+@pytest.mark.slow
+def test_ones_own_image_folder(tmp_path):
+    """PNG files in, a ticket that loads by its own class out."""
+    folder, out = tmp_path / "digits", tmp_path / "run"
+    said = example(*("image_folder", "--images", "600", "--folder", str(folder), "--out", str(out)))
+    assert len(list(folder.glob("*/*.png"))) == 600
+    assert "bytes on disk" in said
+    (ticket,) = out.glob("tickets/knapsack-*")
+    about = json.loads((ticket / "ticket.json").read_text())
+    assert (ticket / "weights.safetensors").stat().st_size == about["ticket"]["bytes"]
+    assert about["input"]["shape"] == [3, 16, 16]
 
 
 @pytest.mark.parametrize("name", ["own_loop", "callback"])

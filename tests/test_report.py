@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ import yaml
 from matplotlib.text import Text
 
 from rlcompress.core.schedule import Measurement, Record, Schedule, performance_density
-from rlcompress.report import figures
+from rlcompress.report import depth, figures
 from rlcompress.report.card import model_card
 from rlcompress.report.figures import TIMES
 from rlcompress.report.page import write_report
@@ -198,7 +199,8 @@ def test_page_needs_nothing_else(run: Path) -> None:
     text, page = path.read_text(), Page(path)
     assert "://" not in text
     assert all(source.startswith("#") for source in page.sources)
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not {"link", "img", "iframe"} & set(page.tags)
+    assert "<script src" not in text
     assert "prefers-color-scheme: dark" in text
     assert "var(--series-0)" in text
     assert not [c for c in figures.SERIES if c in text.split("</style>", 1)[1]]
@@ -260,7 +262,7 @@ def test_labels_of_the_front_do_not_overlap() -> None:
 
 def test_schedule_figure_draws_every_layer_in_order() -> None:
     schedule = Schedule({"conv": 0.25}, {"conv": 3, "dw": 5})
-    above, below = figures.schedule_figure(schedule, LAYERS).axes
+    above, below = depth.schedule_figure(schedule, LAYERS).axes
 
     def heights(ax: Any) -> list[float]:
         return [b.get_height() for b in sorted(ax.patches, key=lambda b: b.get_x())]
@@ -272,7 +274,7 @@ def test_schedule_figure_draws_every_layer_in_order() -> None:
 
 
 def test_arms_and_training_and_learning_figures_show_their_numbers() -> None:
-    (ax,) = figures.arms_figure(PPO).axes
+    (ax,) = figures.arms_figure([PPO]).axes
     assert [t.get_text() for t in ax.texts] == ["dense 92.80", "92.34", "81.23"]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["rewind", "fresh"]
     dense = {"curve": [{"step": 5, "loss": 0.5, "validation_accuracy": 0.9}]}
@@ -285,6 +287,69 @@ def test_arms_and_training_and_learning_figures_show_their_numbers() -> None:
     left, right = figures.learning_figure(points).axes
     assert left.lines[0].get_xydata().tolist() == [[8, -1], [16, -1]]
     assert right.lines[0].get_xydata().tolist() == [[8, 2], [16, 2]]
+
+
+def test_several_seeds_give_means_and_intervals(run: Path) -> None:
+    """Runs beside this one count if they differ in nothing but the seed."""
+    add(run, PPO)
+    for name, seed, accuracy, width in (("b", 8, 0.9034, 0.25), ("c", 9, 0.1, 0.5)):
+        other = run.parent / name
+        other.mkdir()
+        spec = SPEC | {"seed": seed, "model": {"factory": "vgg19", "args": {"width": width}}}
+        (other / "spec.yaml").write_text(
+            yaml.safe_dump({"experiment": "demo", "hash": "9", "spec": spec})
+        )
+        add(other, make_ticket("eeee5555", "ppo", accuracy, 61_000) | {"seed": seed})
+    text = write_report(run).read_text()
+    assert "deviations of 2 seeds (7, 8)" in text
+    assert "the others are the runs b." in " ".join(text.split())
+    assert "91.34 ± 1.41" in text
+    rows = figures.arms_over_seeds([PPO, make_ticket("x", "ppo", 0.9034, 61_000)])
+    assert rows["rewind"] == pytest.approx((91.34, 1.4142), abs=1e-3)
+    assert figures.arms_over_seeds([PPO])["rewind"][1] is None
+
+
+def test_cost_of_each_layer_and_compression_in_training(run: Path) -> None:
+    before = {"channels": 16, "bits": 32, "bytes": 5000, "macs": 2_000_000}
+    after = {"channels": 8, "bits": 3, "bytes": 120, "macs": 500_000}
+    add(run, PPO)
+    costs = [{"name": "conv", "dense": before, "ticket": after}]
+    (run / "tickets" / PPO["id"] / "layers.json").write_text(json.dumps(costs))
+    decisions = [
+        {"step": s, "layer": "conv", "keep": 0.5, "bits": 4, "loss": 1 / s} for s in (10, 20)
+    ]
+    (run / "dynamic").mkdir()
+    dynamic = PPO | {"id": "dynamic-1", "decisions": decisions}
+    (run / "dynamic" / "ticket.json").write_text(json.dumps(dynamic))
+    path = write_report(run)
+    page = Page(path)
+    arrow = "\N{RIGHTWARDS ARROW}"
+    assert page.row("conv") == [
+        f"16 {arrow} 8",
+        f"32 {arrow} 3",
+        f"5 kB {arrow} 120 B",
+        f"2 M {arrow} 500 k",
+    ]
+    assert {"What each layer costs", "While it trained"} <= set(page.headings)
+    assert (path.parent / "layers.png").exists()
+    loss, keep, bits = depth.dynamic_figure(decisions).axes
+    np.testing.assert_allclose(loss.lines[0].get_xydata(), [[10, 0.1], [20, 0.05]])
+    assert keep.lines[0].get_ydata().tolist() == [0.5, 0.5]
+    assert bits.lines[0].get_ydata().tolist() == [4, 4]
+
+
+def test_places_of_the_points_are_where_the_svg_has_them() -> None:
+    """The picture's own coordinates of the points of one searcher on the KL panel."""
+    figure = figures.front_figure(RECORDS, DENSE)
+    svg = figures.to_svg(figure, "front")
+    places = figures.front_places(figure, RECORDS)
+    part = svg[svg.index('id="kl-0-front"') :]
+    drawn = re.search(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', part)
+    assert drawn is not None
+    found = [(p[0], p[2]) for p, r in zip(places, RECORDS, strict=True) if r.searcher == "ppo"]
+    # The front begins at its smallest schedule.
+    assert (float(drawn[1]), float(drawn[2])) == pytest.approx(min(found), abs=0.2)
+    assert [p[1] is None for p in places] == [False, False, True, False, True]
 
 
 def test_model_card_front_matter_and_figures() -> None:
@@ -306,12 +371,15 @@ def test_model_card_front_matter_and_figures() -> None:
     assert "onnx" not in bare.lower()
     _, head, body = card.split("---\n", 2)
     matter = yaml.safe_load(head)
-    assert "license" not in matter
+    assert matter["license"] == "other"
     assert matter["pipeline_tag"] == "image-classification"
     assert {"pruning", "quantization", "vgg19"} <= set(matter["tags"])
     (result,) = matter["model-index"][0]["results"]
     assert result["dataset"]["split"] == "test"
-    assert result["metrics"] == [{"type": "accuracy", "value": 0.9234}]
+    assert [(m["type"], m["value"]) for m in result["metrics"]] == [
+        ("accuracy", 0.9234),
+        ("bytes", 61_000),
+    ]
     assert "| **ticket (rewind)** | 92.34 % | 61,000 |" in body
     assert "| control: fresh | 81.23 % |" in body
     assert "3-6 bits" in body

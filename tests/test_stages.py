@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,19 @@ def test_the_onnx_file_is_the_ticket_and_is_timed_against_dense(ran):
         assert "| batch 64 | " in card
     assert "bytes as ONNX" in ran[1]
     assert "ms, batch 1 " in ran[1]
+
+
+def test_both_code_blocks_of_the_card_run_and_agree(ran):
+    """In the ticket's folder, as who downloads it has it."""
+    (folder,) = (ran[0] / "runs" / "tiny").glob("tickets/knapsack-*")
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "card.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    check = "\nassert numpy.allclose(first, logits, atol=1e-4) and logits.shape == (1, 10)\n"
+    program = blocks[0] + "\nfirst = logits.numpy()\n" + blocks[1] + check
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_int8_activations_on_demand(tmp_path, ran):

@@ -139,6 +139,21 @@ class CostModel:
         rest_S = FLOAT_BYTES * ((norm_SN * self._norm_vectors_N).sum(-1) + self.rest)
         return self.header + self.layer_bytes(counts_SG, bits_SL).sum(-1) + rest_S
 
+    def by_layer(self, schedule: Schedule) -> dict[str, dict[str, int]]:
+        """Of each layer, in the network's order: its channels, bits, bytes and MACs."""
+        counts_SG, bits_SL = self.rows(schedule)
+        weights_SL, out_SL = self.weights(counts_SG)
+        columns = {
+            "channels": out_SL[0],
+            "bits": bits_SL[0],
+            "bytes": self.layer_bytes(counts_SG, bits_SL)[0],
+            "macs": weights_SL[0] * self._positions_L,
+        }
+        return {
+            name: {what: int(values[i]) for what, values in columns.items()}
+            for i, name in enumerate(self.network.layers)
+        }
+
     def cost(self, schedule: Schedule) -> Cost:
         """Everything about one schedule."""
         counts_SG, bits_SL = self.rows(schedule)

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Network
+from rlcompress.core.models import find_factory
 from rlcompress.core.schedule import FULL_PRECISION
 
 ODD_BITS = (2, 3)
@@ -110,7 +112,10 @@ def choose_clip(
     patches_PGD  P sampled input patches, G convolution groups, D inputs per group
     rule         "kl": the one share in `CLIP_GRID` whose outputs are closest to the dense ones
                  in `histogram_kl`; "mse": `mse_clip`; "auto": of the two, the one that leaves
-                 less of the outputs' variance unexplained (neither rule wins everywhere)
+                 less of the outputs' variance unexplained (neither rule wins everywhere);
+                 "package.module:function": one's own, called as `mse_clip` is
+
+    Raises UserError if one's own gives anything but a share in (0, 1] for each channel.
     """
 
     # A share of the convolution groups, or of the one group's output channels.
@@ -129,6 +134,10 @@ def choose_clip(
         return layer_outputs(patches_PGD, fake_quantize(sampled, scale, bits))
 
     reference = layer_outputs(patches_PGD, sampled)
+    if ":" in rule:
+        return own_clip(rule, weight, bits), histogram_kl(
+            reference, outputs(own_clip(rule, sampled, bits))
+        )
     by_mse = mse_clip(weight, bits)
     out_mse = outputs(mse_clip(sampled, bits))
     kl_mse = histogram_kl(reference, out_mse)
@@ -145,6 +154,16 @@ def choose_clip(
         return by_kl, best_kl
     worse = unexplained(reference, best_out).mean() > unexplained(reference, out_mse).mean()
     return (by_mse, kl_mse) if worse else (by_kl, best_kl)
+
+
+def own_clip(rule: str, weight: torch.Tensor, bits: int) -> torch.Tensor:
+    clip_O = find_factory(rule, {})(weight, bits)
+    shaped = isinstance(clip_O, torch.Tensor) and clip_O.shape == weight.shape[:1]
+    if not shaped or not bool(((clip_O > 0) & (clip_O <= 1)).all()):
+        raise UserError(
+            f'clip "{rule}": gave no tensor of {weight.shape[0]} shares in (0, 1], one a channel'
+        )
+    return clip_O.to(weight)
 
 
 def layer_outputs(patches_PGD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -23,13 +23,14 @@ def model_card(
 
     ticket  the content of ticket.json; spec  the resolved experiment, with model and data
     delivered  `onnx`: file -> what onnx.json says; `latency`: what latency.json says
-    The front matter names no licence: that of the data and the dense network decides.
+    The front matter leaves the licence open: that of the data and the dense network decides.
     """
     compressed = Measurement.from_dict(ticket["ticket"])
     data, network = str(spec["data"]["factory"]), str(spec["model"]["factory"])
     head = yaml.safe_dump(_front_matter(ticket, experiment, data, network), sort_keys=False)
     trust = f', trust=["{network}"]' if ":" in network else ""
     bits = sorted({int(b) for b in ticket["schedule"]["bits"].values()})
+    batch = ", ".join(map(str, (1, *ticket["input"]["shape"])))
     widths = f"{bits[0]}-{bits[-1]}" if len(bits) > 1 else "".join(map(str, bits)) or "32"
     return f"""---
 {head}---
@@ -74,12 +75,16 @@ activation bits.
 PyTorch:
 
 ```python
+import torch
 from rlcompress.core.artifact import load_artifact
 
+images = torch.zeros({batch})  # yours, prepared as above
 model = load_artifact("weights.safetensors"{trust})
+with torch.no_grad():
+    logits = model(images)
 ```
 
-{_onnx_example(delivered)}
+{_onnx_example(delivered, batch)}
 Made by `rlcompress run {experiment}`, seed {ticket["seed"]}, spec {ticket["spec_hash"]}.
 """
 
@@ -95,6 +100,9 @@ def _front_matter(
 ) -> dict[str, Any]:
     accuracy = float(ticket["ticket"]["accuracy"])
     return {
+        # That of the data and of the dense network decides.
+        "license": "other",
+        "license_name": "see-data-and-dense-network",
         "library_name": "pytorch",
         "pipeline_tag": "image-classification",
         "tags": [
@@ -114,7 +122,14 @@ def _front_matter(
                     {
                         "task": {"type": "image-classification"},
                         "dataset": {"name": data, "type": data, "split": str(ticket["split"])},
-                        "metrics": [{"type": "accuracy", "value": round(accuracy, 6)}],
+                        "metrics": [
+                            {"type": "accuracy", "value": round(accuracy, 6)},
+                            {
+                                "type": "bytes",
+                                "value": ticket["ticket"]["bytes"],
+                                "name": "size of weights.safetensors",
+                            },
+                        ],
                     }
                 ],
             }
@@ -163,15 +178,17 @@ def _files(delivered: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _onnx_example(delivered: Mapping[str, Any]) -> str:
+def _onnx_example(delivered: Mapping[str, Any], batch: str) -> str:
     if "model.onnx" not in delivered["onnx"]:
         return ""
-    return """ONNX Runtime:
+    return f"""ONNX Runtime:
 
 ```python
+import numpy
 import onnxruntime
 
+images = numpy.zeros(({batch}), dtype=numpy.float32)  # yours, prepared as above
 session = onnxruntime.InferenceSession("model.onnx")
-logits = session.run(["logits"], {"images": images})[0]
+logits = session.run(["logits"], {{"images": images}})[0]
 ```
 """

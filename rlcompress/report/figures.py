@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rlcompress.core.pareto import front
-from rlcompress.core.schedule import FULL_PRECISION, MAX_BITS, Measurement, Record, Schedule
+from rlcompress.core.schedule import Measurement, Record
 
 INK, MUTED, GRID = "#1b1f24", "#59636e", "#d9dee4"
 TIMES = "\N{MULTIPLICATION SIGN}"
 #: Okabe & Ito (2008), darkened where white paper needs it.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5578f", "#b07d00", "#4a9fd8", "#7a5195", "#6b7280")
 MARKERS = "osD^vPX*"
+#: Inches. So narrow that the page shows it on a phone at the size it is drawn.
+WIDTH = 4.6
 #: Points of accuracy below the dense network that the axis of the front shows at most.
 _SHOWN_DROP = 0.05
 
@@ -41,14 +44,17 @@ def front_figure(
     records  measured on the score images, as is `dense`
     tickets  contents of ticket.json; drawn at their measurement on their own split
 
+    In SVG the page's script finds each searcher's parts by their ids: "<panel>-<number>-all",
+    "-line" and "-front", panel `accuracy` or `kl`, points in the order of the records.
+
     A front is the best value at or below a size. The accuracy axis is cut to at most 5 points
     below the dense network, if anything lies there; how many points it hides is printed.
     """
-    figure = Figure(figsize=(7.2, 7.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(1.15, 1))
     measured = [Measurement.from_dict(ticket["ticket"]) for ticket in tickets]
-    _draw_front(above, records, tickets, lambda m: 100 * m.accuracy, smaller_is_better=False)
-    _draw_front(below, records, tickets, _shown_kl, smaller_is_better=True)
+    _draw_front(above, "accuracy", records, tickets)
+    _draw_front(below, "kl", records, tickets)
     above.scatter([dense.bytes], [100 * dense.accuracy], s=150, marker="*", color=INK, zorder=4)
     here = (dense.bytes, 100 * dense.accuracy)
     above.annotate("dense", here, (0, -17), textcoords="offset points", ha="center", **_text())
@@ -64,62 +70,79 @@ def front_figure(
     above.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     above.xaxis.set_minor_formatter(NullFormatter())
-    _dress(above, "", "accuracy, %")
-    _dress(below, "size of the written artifact", "KL to the dense network, nats")
-    # Above the axes no label meets a point. The smallest ticket's stands left of its line, the
-    # others' right of theirs and lower from left to right, so no line crosses a label.
+    dress(above, "", "accuracy, %")
+    dress(below, "size of the written artifact", "KL to dense, nats")
+    # Above the axes no label meets a point. Each stands right of its line and lower from left to
+    # right, so no line crosses a label.
     named = sorted(zip(tickets, measured, strict=True), key=lambda pair: pair[1].bytes)
     for i, (ticket, m) in enumerate(named):
+        series = searchers(records, ticket["searcher"]).index(ticket["searcher"])
         above.annotate(
             f"{ticket['searcher']} ticket, {ticket['ratio']:.3g}{TIMES}",
             xy=(m.bytes, 100 * m.accuracy),
-            xytext=(m.bytes, 1.03 + 0.07 * (len(named) - 1 - i)),
+            xytext=(m.bytes, 1.03 + 0.08 * (len(named) - 1 - i)),
             textcoords=above.get_xaxis_transform(),
-            ha="right" if i == 0 else "left",
-            arrowprops={"arrowstyle": "-", "color": MUTED, "relpos": (1.0 if i == 0 else 0.0, 0)},
+            ha="left",
+            arrowprops={"arrowstyle": "-", "color": MUTED, "relpos": (0, 0), "shrinkB": 5},
+            gid=f"accuracy-{series}-name",
             **_text(),
         )
     hidden = sum(r.measurement.accuracy < low for r in records)
     if hidden:
-        note = f"▾ {hidden} of {len(records)} evaluations lie lower"
+        lower = f"▾ {hidden} of {len(records)} evaluations lie lower"
         above.annotate(
-            note, (1, 0), (-6, 6), "axes fraction", "offset points", ha="right", **_note()
+            lower, (1, 0), (-6, 6), "axes fraction", "offset points", ha="right", **note()
         )
-    _legend(figure, len(searchers(records)))
+    legend(figure, len(searchers(records))).set_gid("front-legend")
     return figure
 
 
-def _draw_front(
-    ax: Axes,
-    records: Sequence[Record],
-    tickets: Sequence[Plain],
-    value: Callable[[Measurement], float],
-    *,
-    smaller_is_better: bool,
-) -> None:
-    sign = 1 if smaller_is_better else -1
+def front_places(figure: Figure, records: Sequence[Record]) -> list[list[float | None]]:
+    """Where each record stands in the SVG that `to_svg` made of a front: x, y of its accuracy (None
+    where the axis ends above it) and y of its KL, in units of the viewBox."""
+    above, below = figure.axes
+    points, height = 72 / figure.dpi, 72 * figure.get_figheight()
+    places: list[list[float | None]] = []
+    for m in (record.measurement for record in records):
+        x, y = above.transData.transform((m.bytes, _percent(m)))
+        _, lower = below.transData.transform((m.bytes, _shown_kl(m)))
+        shown = _percent(m) >= above.get_ylim()[0]
+        where = (x * points, height - y * points if shown else None, height - lower * points)
+        places.append([None if v is None else round(float(v), 1) for v in where])
+    return places
+
+
+def _draw_front(ax: Axes, panel: str, records: Sequence[Record], tickets: Sequence[Plain]) -> None:
+    value, sign = (_shown_kl, 1) if panel == "kl" else (_percent, -1)
     for i, searcher in enumerate(searchers(records)):
         mine = [r.measurement for r in records if r.searcher == searcher]
         colour, marker = _style(i)
+        look = {"color": colour, "marker": marker}
         x, y = [m.bytes for m in mine], [value(m) for m in mine]
-        ax.scatter(x, y, s=13, color=colour, marker=marker, alpha=0.3, linewidths=0)
+        ax.scatter(x, y, s=13, alpha=0.3, linewidths=0, gid=f"{panel}-{i}-all", **look)
         best = front(mine, lambda m: (m.bytes, sign * value(m)))
         x, y = [m.bytes for m in best], [value(m) for m in best]
-        ax.step(x, y, where="post", color=colour, linewidth=1.8)
-        label = None if smaller_is_better else searcher
-        ax.scatter(x, y, s=20, color=colour, marker=marker, label=label, zorder=3)
+        ax.step(x, y, where="post", color=colour, linewidth=1.6, gid=f"{panel}-{i}-line")
+        label = searcher if panel == "accuracy" else None
+        ax.scatter(x, y, s=18, label=label, zorder=3, gid=f"{panel}-{i}-front", **look)
     for ticket in tickets:
         m = Measurement.from_dict(ticket["ticket"])
+        i = searchers(records, ticket["searcher"]).index(ticket["searcher"])
         ax.scatter(
             [m.bytes],
             [value(m)],
-            s=85,
+            s=70,
             marker="D",
             zorder=5,
-            color=_style(searchers(records, ticket["searcher"]).index(ticket["searcher"]))[0],
+            color=_style(i)[0],
             edgecolors=INK,
-            linewidths=1.4,
+            linewidths=1.3,
+            gid=f"{panel}-{i}-ticket",
         )
+
+
+def _percent(measurement: Measurement) -> float:
+    return 100 * measurement.accuracy
 
 
 def _shown_kl(measurement: Measurement) -> float:
@@ -127,101 +150,82 @@ def _shown_kl(measurement: Measurement) -> float:
     return max(measurement.kl, 1e-5)
 
 
-def schedule_figure(schedule: Schedule, layers: Sequence[Plain]) -> Figure:
-    """Keep ratio and weight bits of each layer, in forward order, coloured by kind.
-
-    layers  search/layers.json: name, kind and group of each. A layer left at 32-bit floats
-            is drawn at the full height and marked 32.
-    """
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    depth = np.arange(len(layers))
-    keep = np.array([schedule.ratio(layer["group"]) for layer in layers])
-    bits = np.array([schedule.width(layer["name"]) for layer in layers])
-    kinds = list(dict.fromkeys(layer["kind"] for layer in layers))
-    for i, kind in enumerate(kinds):
-        mine = np.array([layer["kind"] == kind for layer in layers])
-        for ax, heights in ((above, keep), (below, np.minimum(bits, MAX_BITS))):
-            label = kind if ax is above else None
-            ax.bar(depth[mine], heights[mine], width=0.78, color=SERIES[i], label=label)
-    for x in depth[bits == FULL_PRECISION]:
-        below.annotate(
-            "32", (x, MAX_BITS), (0, 2), textcoords="offset points", ha="center", **_note()
-        )
-    above.set_ylim(0, 1.08)
-    below.set_ylim(0, MAX_BITS * 1.15)
-    below.set_yticks(range(0, MAX_BITS + 1, 2))
-    every = -(-len(layers) // 32)
-    names = [layer["name"] for layer in layers]
-    below.set_xticks(depth[::every], names[::every], rotation=90)
-    _dress(above, "", "channels kept")
-    _dress(below, "", "weight bits")
-    for ax in (above, below):
-        ax.grid(axis="x", visible=False)
-        ax.margins(x=0.01)
-    below.tick_params(axis="x", labelsize=8)
-    if len(kinds) > 1:
-        _legend(figure, len(kinds))
-    return figure
-
-
 def learning_figure(curve: Sequence[Plain]) -> Figure:
     """Mean return of an episode and the policy's entropy (nats) by evaluation."""
-    figure = Figure(figsize=(7.2, 2.9), layout="constrained")
-    panels = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
     for i, searcher in enumerate(sorted({point["searcher"] for point in curve})):
         mine = [point for point in curve if point["searcher"] == searcher]
         x = [point["evaluation"] for point in mine]
         for ax, name in zip(panels, ("mean_return", "entropy"), strict=True):
             label = searcher if name == "entropy" else None
             ax.plot(x, [point[name] for point in mine], color=SERIES[i], label=label)
-    _dress(panels[0], "evaluation", "mean return of an episode")
-    _dress(panels[1], "evaluation", "entropy of the policy, nats")
-    _legend(figure, 4)
+    dress(panels[0], "", "mean return")
+    dress(panels[1], "evaluation", "entropy, nats")
+    legend(figure, 4)
     return figure
 
 
-def arms_figure(ticket: Plain) -> Figure:
-    """The ticket against its controls: accuracy on the ticket's split, dense as a line."""
-    arms = arm_measurements(ticket)
-    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(arms)), layout="constrained")
+def arms_figure(tickets: Sequence[Plain]) -> Figure:
+    """The ticket against its controls: accuracy on the ticket's split, dense as a line.
+
+    tickets  one, or one of each seed: then means, with their standard deviations as intervals
+    """
+    ticket = tickets[0]
+    rows = arms_over_seeds(tickets)
+    dense, *arms = rows.values()
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.42 * len(arms)), layout="constrained")
     ax = figure.add_subplot()
-    dense = 100 * Measurement.from_dict(ticket["dense"]).accuracy
-    values = [100 * m.accuracy for m in arms.values()]
-    rows = np.arange(len(arms))[::-1]
-    ax.axvline(dense, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    ax.axvline(dense[0], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     ax.annotate(
-        f"dense {dense:.2f}",
-        (dense, 1),
+        f"dense {dense[0]:.2f}",
+        (dense[0], 1),
         (0, 3),
         ("data", "axes fraction"),
         "offset points",
         ha="center",
-        **_note(),
+        **note(),
     )
-    ax.hlines(rows, values, dense, color=GRID, linewidth=3, zorder=1)
+    values = [mean for mean, _ in arms]
+    depth = np.arange(len(arms))[::-1]
+    ax.hlines(depth, values, dense[0], color=GRID, linewidth=3, zorder=1)
     colours = [SERIES[0]] + [SERIES[7]] * (len(arms) - 1)
-    ax.scatter(values, rows, s=80, c=colours, zorder=3)
-    for value, row in zip(values, rows, strict=True):
-        side, align = ((9, 0), "left") if value > dense else ((-9, 0), "right")
+    ax.scatter(values, depth, s=70, c=colours, zorder=3)
+    for (mean, spread), row, colour in zip(arms, depth, colours, strict=True):
+        said = f"{mean:.2f}"
+        if spread is not None:
+            ax.errorbar(mean, row, xerr=spread, color=colour, capsize=4, linewidth=1.6, zorder=2)
+            said += f" ± {spread:.2f}"
         ax.annotate(
-            f"{value:.2f}",
-            (value, row),
-            side,
+            said,
+            (mean, row),
+            (0, 8),
             textcoords="offset points",
-            ha=align,
-            va="center",
+            ha="center",
             color=INK,
-            fontsize=9.5,
+            fontsize=9,
         )
-    span = max(max([*values, dense]) - min([*values, dense]), 0.5)
-    ax.set_xlim(min([*values, dense]) - 0.2 * span, max([*values, dense]) + 0.2 * span)
-    ax.set_ylim(-0.6, len(arms) - 0.4)
-    ax.set_yticks(rows, list(arms))
-    _dress(ax, f"accuracy on {ticket['split']}, %", "")
+    ends = [m + sign * (s or 0.0) for m, s in (dense, *arms) for sign in (-1, 1)]
+    pad = 0.15 * max(max(ends) - min(ends), 0.5)
+    ax.set_xlim(min(ends) - pad, max(ends) + pad)
+    ax.set_ylim(-0.6, len(arms) - 0.3)
+    ax.set_yticks(depth, list(rows)[1:])
+    dress(ax, f"accuracy on {ticket['split']}, %", "")
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", labelsize=10, labelcolor=INK)
     return figure
+
+
+def arms_over_seeds(tickets: Sequence[Plain]) -> dict[str, tuple[float, float | None]]:
+    """Accuracy in % of dense, of the first ticket's arm and of its controls: mean over the tickets
+    that have the arm, and the sample's standard deviation, None of a single one."""
+    names = list(arm_measurements(tickets[0]))
+    found = [{"dense": t["dense"], t["arm"]: t["ticket"], **t["controls"]} for t in tickets]
+    rows: dict[str, tuple[float, float | None]] = {}
+    for name in ("dense", *names):
+        mine = [100 * float(arms[name]["accuracy"]) for arms in found if name in arms]
+        rows[name] = (float(np.mean(mine)), float(np.std(mine, ddof=1)) if mine[1:] else None)
+    return rows
 
 
 def training_figure(dense: Plain, ticket: Plain | None = None) -> Figure:
@@ -232,7 +236,7 @@ def training_figure(dense: Plain, ticket: Plain | None = None) -> Figure:
     curves = [("dense", {"dense": dense["curve"]})]
     if ticket is not None:
         curves.append(("ticket and controls", ticket["curves"]))
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     panels = figure.subplots(2, len(curves), squeeze=False, sharex="col")
     offset = 0
     for column, (title, arms) in enumerate(curves):
@@ -244,10 +248,10 @@ def training_figure(dense: Plain, ticket: Plain | None = None) -> Figure:
             panels[1][column].plot(steps, accuracy, color=_style(i)[0])
         offset += len(arms)
         panels[0][column].set_title(title, color=INK, fontsize=10)
-        _dress(panels[0][column], "", "training loss" if column == 0 else "")
-        _dress(panels[1][column], "step", "validation accuracy, %" if column == 0 else "")
+        dress(panels[0][column], "", "training loss" if column == 0 else "")
+        dress(panels[1][column], "step", "validation accuracy, %" if column == 0 else "")
     if ticket is not None:
-        _legend(figure, 5)
+        legend(figure, 5)
     return figure
 
 
@@ -268,6 +272,14 @@ def size(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:.0f} B"
+
+
+def count(value: float) -> str:
+    """12345678 -> '12.3 M'."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f}"
 
 
 def to_png(figure: Figure) -> bytes:
@@ -315,11 +327,11 @@ def _text() -> dict[str, Any]:
     return {"color": INK, "fontsize": 9.5}
 
 
-def _note() -> dict[str, Any]:
+def note() -> dict[str, Any]:
     return {"color": MUTED, "fontsize": 9}
 
 
-def _dress(ax: Axes, x: str, y: str) -> None:
+def dress(ax: Axes, x: str, y: str) -> None:
     ax.set_xlabel(x, color=MUTED, fontsize=10)
     ax.set_ylabel(y, color=MUTED, fontsize=10)
     ax.tick_params(which="both", colors=MUTED, labelsize=9, length=0)
@@ -329,10 +341,10 @@ def _dress(ax: Axes, x: str, y: str) -> None:
     ax.spines["bottom"].set_color(GRID)
 
 
-def _legend(figure: Figure, columns: int) -> None:
-    figure.legend(
+def legend(figure: Figure, columns: int) -> Legend:
+    return figure.legend(
         loc="outside lower center",
-        ncols=min(columns, 6),
+        ncols=min(columns, 4),
         frameon=False,
         fontsize=9.5,
         labelcolor=INK,

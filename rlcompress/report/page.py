@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rlcompress.core.files import read_archive, read_lines, save_bytes
 from rlcompress.core.pareto import archive_front, best_at_floor, ticket_rank
 from rlcompress.core.schedule import Measurement, Record, Schedule
-from rlcompress.report import figures
+from rlcompress.report import depth, figures
 from rlcompress.report.card import delivered
 
 _LIBRARIES = ("rlcompress", "torch", "ray", "gymnasium", "mlflow", "numpy", "onnxruntime")
@@ -49,13 +49,22 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
     main, baseline = _chosen(tickets)
     shown = [ticket for ticket in (main, baseline) if ticket is not None]
 
+    dynamic = _optional(run / "dynamic" / "ticket.json", {})
+    costs = _optional(run / "tickets" / main["id"] / "layers.json", []) if main else []
+    seeds = _seeds(run, spec, main)
+
     drawn = {"front": figures.front_figure(records, dense, shown)}
     if main is not None:
-        drawn["arms"] = figures.arms_figure(main)
-        drawn["schedule"] = figures.schedule_figure(Schedule.from_dict(main["schedule"]), layers)
+        drawn["arms"] = figures.arms_figure([main, *seeds.values()])
+        drawn["schedule"] = depth.schedule_figure(Schedule.from_dict(main["schedule"]), layers)
+    if costs:
+        drawn["layers"] = depth.layers_figure(costs)
     if points := read_lines(run / "search" / "curve.jsonl"):
         drawn["learning"] = figures.learning_figure(points)
+    if dynamic:
+        drawn["dynamic"] = depth.dynamic_figure(dynamic["decisions"])
     drawn["training"] = figures.training_figure(training, main)
+    svg = {name: figures.to_svg(figure, name) for name, figure in drawn.items()}
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -65,7 +74,7 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        size=figures.size, count=_count, percent=lambda accuracy: f"{100 * accuracy:.2f}"
+        size=figures.size, count=figures.count, percent=lambda accuracy: f"{100 * accuracy:.2f}"
     )
     html = environment.get_template("page.html.j2").render(
         experiment=spec["experiment"],
@@ -80,7 +89,13 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
         dense=dense,
         margin=floor,
         evaluations=len(records),
-        svg={name: figures.to_svg(figure, name) for name, figure in drawn.items()},
+        svg=svg,
+        script=(Path(__file__).parent / "page.js").read_text(encoding="utf-8"),
+        front=_front_data(records, dense, layers, figures.front_places(drawn["front"], records)),
+        costs=costs,
+        dynamic=dynamic,
+        seeds=seeds,
+        resolved=yaml.safe_dump(spec["spec"], sort_keys=False),
         versions=_versions(),
     )
     return html, drawn
@@ -95,6 +110,62 @@ def _needed(run: Path, name: str) -> Path:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _optional(path: Path, default: Any) -> Any:
+    return _json(path) if path.is_file() else default
+
+
+def _seeds(run: Path, spec: dict[str, Any], main: dict[str, Any] | None) -> dict[str, Any]:
+    """Run folder -> best ticket, of the runs beside this one that differ in nothing but the seed
+    and in where they ran; each seed once."""
+    if main is None:
+        return {}
+    own, taken, found = _but_seed(spec), {main["seed"]}, {}
+    for path in sorted(run.resolve().parent.glob("*/spec.yaml")):
+        other = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if _but_seed(other) != own or other["spec"]["seed"] in taken:
+            continue
+        tickets = [_json(p) for p in sorted(path.parent.glob("tickets/*/ticket.json"))]
+        mine = [t for t in tickets if t["searcher"] == main["searcher"]]
+        if mine:
+            found[path.parent.name] = max(mine, key=ticket_rank)
+            taken.add(other["spec"]["seed"])
+    return found
+
+
+def _but_seed(spec: dict[str, Any]) -> dict[str, Any]:
+    elsewhere = ("seed", "tracking", "threads", "device", "description")
+    return {key: value for key, value in spec["spec"].items() if key not in elsewhere}
+
+
+def _front_data(
+    records: list[Record],
+    dense: Measurement,
+    layers: list[dict[str, Any]],
+    places: list[list[float | None]],
+) -> str:
+    """JSON for the page's script, safe inside a script element."""
+    names = figures.searchers(records)
+    points = []
+    for record, place in zip(records, places, strict=True):
+        m, schedule = record.measurement, record.schedule
+        points.append(
+            {
+                "searcher": names.index(record.searcher),
+                "evaluation": record.evaluation,
+                "accuracy": f"{100 * m.accuracy:.2f} %",
+                "kl": f"{m.kl:.2g}",
+                "bytes": f"{m.bytes:,}",
+                "ratio": f"{dense.bytes / m.bytes:.3g}{figures.TIMES}",
+                "macs": figures.count(m.macs),
+                "place": place,
+                "keep": [round(schedule.ratio(layer["group"]), 2) for layer in layers],
+                "bits": [schedule.width(layer["name"]) for layer in layers],
+            }
+        )
+    content = {"searchers": names, "layers": [layer["name"] for layer in layers], "points": points}
+    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _chosen(
@@ -140,14 +211,6 @@ def _searchers(records: list[Record], dense: Measurement, floor: float) -> list[
             }
         )
     return rows
-
-
-def _count(value: float) -> str:
-    """12345678 -> '12.3 M'."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:.0f}"
 
 
 def _versions() -> dict[str, str]:

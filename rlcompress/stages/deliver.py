@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlcompress.core.artifact import folded, load_artifact, read_artifact
+from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.export import export_onnx, latency, onnx_logits
 from rlcompress.core.files import read_json, save_bytes, save_json
+from rlcompress.core.schedule import Schedule
 from rlcompress.live import console, stage
 from rlcompress.report.card import delivered, model_card
 from rlcompress.stages.workspace import Workspace
@@ -81,6 +83,7 @@ def finish_tickets(run: Workspace) -> None:
                 shown.update(done, f"timed {name}")
     for ticket in run.tickets():
         folder = folders[ticket["id"]]
+        _describe_layers(run, ticket, folder / "layers.json")
         card = model_card(ticket, run.name, spec, delivered(folder))
         save_bytes(folder / "card.md", card.encode())
 
@@ -104,6 +107,15 @@ def _time(run: Workspace, folder: Path) -> None:
         seconds = latency(list(files.values()), shape, batch, seconds=LATENCY_SECONDS)
         done[str(batch)] = {n: 1000 * s for n, s in zip(files, seconds, strict=True)}
     save_json(path, done)
+
+
+def _describe_layers(run: Workspace, ticket: dict[str, Any], path: Path) -> None:
+    """`layers.json`: what each layer costs, dense and in the ticket, in forward order."""
+    if path.exists():
+        return
+    costs = CostModel(run.structure)
+    before, after = map(costs.by_layer, (Schedule(), Schedule.from_dict(ticket["schedule"])))
+    save_json(path, [{"name": n, "dense": before[n], "ticket": after[n]} for n in before])
 
 
 def _dense_onnx(run: Workspace) -> Path:
