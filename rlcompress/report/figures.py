@@ -117,7 +117,7 @@ def _draw_front(ax: Axes, panel: str, records: Sequence[Record], tickets: Sequen
     for i, searcher in enumerate(searchers(records)):
         mine = [r.measurement for r in records if r.searcher == searcher]
         colour, marker = _style(i)
-        look = {"color": colour, "marker": marker}
+        look: Plain = {"color": colour, "marker": marker}
         x, y = [m.bytes for m in mine], [value(m) for m in mine]
         ax.scatter(x, y, s=13, alpha=0.3, linewidths=0, gid=f"{panel}-{i}-all", **look)
         best = front(mine, lambda m: (m.bytes, sign * value(m)))

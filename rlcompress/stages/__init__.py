@@ -29,6 +29,7 @@ from rlcompress.stages.deliver import (
     tracker_of,
 )
 from rlcompress.stages.dense import train_dense
+from rlcompress.stages.policies import policy_of
 from rlcompress.stages.search import print_front, search_all, searched
 from rlcompress.stages.ticket import make_tickets
 from rlcompress.stages.workspace import Workspace
@@ -38,7 +39,9 @@ __all__ = ["Run", "Workspace"]
 
 def _prepare(run: Workspace) -> None:
     """Ray takes many seconds to start and RLlib to import; dense training hides it. A network that
-    cannot be compressed, and a cluster that does not answer, are told before."""
+    cannot be compressed, a policy that is not there, and a cluster that does not answer, are told
+    before."""
+    policy_of(run)
     if not (run.folder / "dense" / "metrics.json").exists():
         run.require_reachable()
     ppo, search = run.experiment.ppo, run.experiment.search

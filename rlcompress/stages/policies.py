@@ -14,8 +14,25 @@ from rlcompress.stages.workspace import Workspace
 
 
 def digest_of(folder: Path) -> str:
-    """Twelve hex digits that name a policy's weights."""
-    return hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()[:12]
+    """Twelve hex digits that name what a policy has learned."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+#: Searchers that play `search.policy`.
+PLAYED = {"ppo", "transfer"}
+
+
+def policy_of(run: Workspace) -> Path | None:
+    """The policy that the experiment's searchers begin with, as `find_policy` finds it; None where
+    none of them plays one. Raises UserError too where `transfer` has none."""
+    searchers = {run.experiment.search.searcher, *run.experiment.search.baselines}
+    policy = find_policy(run) if searchers & PLAYED else None
+    if policy is None and "transfer" in searchers:
+        raise UserError("search.policy = none: transfer plays one; --set search.policy=default")
+    return policy
 
 
 def find_policy(run: Workspace) -> Path | None:

@@ -10,18 +10,15 @@ from typing import Any
 from rich.table import Table
 
 from rlcompress import searchers
-from rlcompress.core.errors import UserError
 from rlcompress.core.files import JsonLines, read_json, save_json
 from rlcompress.core.pareto import Front, archive_front, best_at_floor
 from rlcompress.core.schedule import Measurement, Record
 from rlcompress.live import Stage, console, stage
 from rlcompress.searchers import Settings
 from rlcompress.stages.describe import notes
-from rlcompress.stages.policies import begin_with, find_policy
+from rlcompress.stages.policies import PLAYED, begin_with, policy_of
 from rlcompress.stages.workspace import Workspace
 
-#: Searchers that play `search.policy`.
-PLAYED = {"ppo", "transfer"}
 #: Between two times that the disk is asked for the archive, while records come faster.
 SYNC_SECONDS = 0.1
 
@@ -32,9 +29,7 @@ def search_all(run: Workspace) -> list[Record]:
     own = e.search.episodes
     budgets = dict.fromkeys(e.search.baselines, e.search.baseline_episodes or own)
     budgets[e.search.searcher] = own
-    policy = find_policy(run) if budgets.keys() & PLAYED else None
-    if policy is None and "transfer" in budgets:
-        raise UserError("search.policy = none: transfer plays one; --set search.policy=default")
+    policy = policy_of(run)
     run.claim(folder, run.search_inputs())
     for name in budgets.keys() & PLAYED:
         begin_with(run, name, policy)

@@ -1,0 +1,134 @@
+"""`train-policy`, `transfer` and `compress`, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlcompress.core.files import read_archive
+from rlcompress.rl.transfer import SIZES
+from tests.shell import rlcompress
+
+DATA = {"factory": "digits", "args": {"size": 16}}
+TINY = {
+    "model": {"factory": "tests.toy:toy_network"},
+    "data": DATA,
+    "dense": {"epochs": 3, "batch_size": 32, "lr": 0.1},
+    "calibration": {
+        "fit_images": 64,
+        "score_images": 64,
+        "final_images": 0,
+        "positions": 128,
+        "estimate_images": 32,
+    },
+    "search": {
+        "searcher": "random",
+        "baselines": [],
+        "episodes": 4,
+        "target": [4, 8],
+        "keeps": [1.0, 0.6, 0.3],
+        "bits": [2, 4, 8],
+    },
+    "ppo": {"num_env_runners": 0, "episodes_per_iteration": 4, "epochs": 1, "hidden": 8},
+    "ticket": {"epochs": 1, "batch_size": 32, "floor": 50.0, "fit_images": 64},
+    "zoo": {
+        "target": [3, 10],
+        "samples": 10,
+        "networks": {
+            "small": {"model": {"factory": "cnn", "args": {"width": 0.2}}, "data": DATA},
+            "other": {"model": {"factory": "cnn", "args": {"width": 0.3}}, "data": DATA},
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    content = {"experiments": {"tiny": TINY, "empty": {**TINY, "zoo": {}}}}
+    (folder / "experiments.yaml").write_text(yaml.safe_dump(content))
+    done = rlcompress(folder, "train-policy", "tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "learned on 2 networks, 20 evaluations" in done.stdout
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path) -> Path:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_a_policy_says_where_it_comes_from_and_is_not_trained_again(trained):
+    policy = trained / "runs" / "tiny" / "policy"
+    assert {path.name for path in policy.iterdir()} >= {"policy.json", "losses.safetensors"}
+    about = json.loads((policy / "policy.json").read_text())
+    assert sorted(about["networks"]) == ["other", "small"]
+    assert about["command"] == "rlcompress train-policy tiny"
+    assert set(about["agreement"]) == {"small", "other"}
+    assert about["judged"][0]["target"] == pytest.approx(4.0)
+    before = {path.name: path.stat().st_mtime_ns for path in policy.iterdir()}
+    for name in ("small", "other"):
+        archive = trained / "runs" / "tiny" / "zoo" / name / "samples" / "archive.jsonl"
+        assert len(read_archive(archive)) == 10
+    done = rlcompress(trained, "train-policy", "tiny")
+    assert done.returncode == 0
+    assert {path.name: path.stat().st_mtime_ns for path in policy.iterdir()} == before
+
+
+def test_an_empty_zoo_is_one_line(trained):
+    done = rlcompress(trained, "train-policy", "empty")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("empty: zoo.networks is empty")
+
+
+def test_transfer_plays_the_policy_and_goes_on(folder):
+    words = ("transfer", "tiny", "--policy", "runs/tiny", "--out", "runs/there")
+    done = rlcompress(folder, *words, "--evaluations", "6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "times fewer" in done.stdout
+    archive = folder / "runs" / "there" / "search" / "archive.jsonl"
+    few = archive.read_text()
+    assert len(few.splitlines()) == 6
+    more = SIZES + 4
+    assert rlcompress(folder, *words, "--evaluations", str(more)).returncode == 0
+    assert archive.read_text().startswith(few)
+    records = read_archive(archive)
+    assert [r.evaluation for r in records] == list(range(1, more + 1))
+
+
+def test_another_policy_sets_aside_its_own_records_alone(folder):
+    where = ("--out", "runs/there")
+    assert rlcompress(folder, "search", "tiny", *where).returncode == 0
+    archive = folder / "runs" / "there" / "search" / "archive.jsonl"
+    theirs = archive.read_text()
+    words = ("transfer", "tiny", *where, "--evaluations", "3")
+    assert rlcompress(folder, *words, "--policy", "runs/tiny").returncode == 0
+    # Another policy: one of other losses.
+    other = folder / "other"
+    shutil.copytree(folder / "runs" / "tiny" / "policy", other)
+    (other / "losses.safetensors").unlink()
+    done = rlcompress(folder, *words, "--policy", "other")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "was made from other options" in done.stdout
+    assert archive.read_text().startswith(theirs)
+    assert [r.searcher for r in read_archive(archive)].count("transfer") == 3
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ("nowhere", "search.policy = nowhere: no policy.json in nowhere"),
+        ("rlcompress-policy@champion", "a registered policy needs MLflow"),
+        ("none", "transfer plays one"),
+    ],
+)
+def test_a_policy_that_is_not_there_is_one_line(folder, policy, said):
+    done = rlcompress(folder, "transfer", "tiny", "--policy", policy, "--out", "runs/new")
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert not (folder / "runs" / "new" / "search").exists()
