@@ -54,6 +54,7 @@ def trained(tmp_path_factory) -> Path:
     done = rlcompress(folder, "train-policy", "tiny")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "learned on 2 networks, 20 evaluations" in done.stdout
+    assert "version 1 of rlcompress-policy" in done.stdout
     return folder
 
 
@@ -99,6 +100,16 @@ def test_transfer_plays_the_policy_and_goes_on(folder):
     assert archive.read_text().startswith(few)
     records = read_archive(archive)
     assert [r.evaluation for r in records] == list(range(1, more + 1))
+
+
+@pytest.mark.parametrize("alias", ["champion", "1"])
+def test_a_registered_policy_is_fetched_by_its_alias(folder, alias):
+    database = f"sqlite:///{folder / 'runs' / 'tiny' / 'mlflow.db'}"
+    words = ("transfer", "tiny", "--policy", f"rlcompress-policy@{alias}", "--evaluations", "2")
+    done = rlcompress(folder, *words, "--set", f"tracking.uri={database}", "--out", "runs/there")
+    assert done.returncode == 0, done.stdout + done.stderr
+    archive = folder / "runs" / "there" / "search" / "archive.jsonl"
+    assert [r.searcher for r in read_archive(archive)] == ["transfer"] * 2
 
 
 def test_another_policy_sets_aside_its_own_records_alone(folder):

@@ -156,7 +156,8 @@ class Run:
         zoo.members(w)
         with _working(w, w.begin()):
             about = zoo.train_policy(w)
-        zoo.last_lines(w, about)
+            version = zoo.register(w, about)
+        zoo.last_lines(w, about, version)
 
     def dynamic(self) -> None:
         """Compression during training, beside the stages of `run`."""

@@ -13,18 +13,21 @@ import numpy as np
 from rich.table import Table
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import JsonLines, read_archive
+from rlcompress.core.files import JsonLines, read_archive, save_bytes
 from rlcompress.core.learned import LearnedLosses, Lessons, agreement, fit
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
 from rlcompress.core.policy import LEARNED, Policy, PolicyShape, load_policy, save_policy
 from rlcompress.core.problem import Member
 from rlcompress.core.schedule import Measurement, Record
 from rlcompress.live import console, stage
+from rlcompress.report.policy_card import policy_card
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy
 from rlcompress.searchers import Settings, in_process
 from rlcompress.searchers.base import Measure, Proposal, measured
 from rlcompress.spec import spec_hash
+from rlcompress.stages.deliver import tracker_of
 from rlcompress.stages.dense import train_dense
+from rlcompress.stages.policies import digest_of
 from rlcompress.stages.ticket import commit
 from rlcompress.stages.workspace import MEASUREMENTS, Workspace
 
@@ -145,7 +148,19 @@ def train_policy(run: Workspace) -> dict[str, Any]:
     train_dense(run)
     about["judged"] = judge(run, policy, learned)
     save_policy(folder, policy, about)
+    where = f"{run.experiment.model.factory} {run.experiment.model.args} on {e.data.factory}"
+    save_bytes(folder / "card.md", policy_card(about, where).encode())
     return about
+
+
+def register(run: Workspace, about: dict[str, Any]) -> str:
+    """Logs and registers the policy in MLflow; its version there."""
+    from rlcompress.tracking import register_policy
+
+    folder = run.folder / "policy"
+    with tracker_of(run) as tracker:
+        told = {**about, "digest": digest_of(folder)}
+        return register_policy(tracker, folder, told, gain(about["judged"]))
 
 
 def new_policy(hidden: int) -> Policy:
@@ -232,7 +247,7 @@ def gain(judged: list[dict[str, float]]) -> float:
     return float(np.mean([np.log10(row["prior_kl"] / row["policy_kl"]) for row in judged]))
 
 
-def last_lines(run: Workspace, about: dict[str, Any]) -> None:
+def last_lines(run: Workspace, about: dict[str, Any], version: str) -> None:
     """The terminal's: prior and policy on the network that the zoo does not have."""
     table = Table(box=None, title_justify="left")
     for name in ("target", "prior: KL", "accuracy", "policy: KL", "accuracy"):
@@ -253,5 +268,7 @@ def last_lines(run: Workspace, about: dict[str, Any]) -> None:
         f"its prior's; it learned on {len(about['networks'])} networks, {about['evaluations']} "
         f"evaluations and {about['episodes']} episodes of PPO"
     )
-    console.print(f"policy   {run.folder / 'policy'}")
+    console.print(
+        f"policy   {run.folder / 'policy'}, version {version} of rlcompress-policy in MLflow"
+    )
     console.print(f"next     rlcompress transfer EXPERIMENT --policy {run.folder}")
