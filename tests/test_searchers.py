@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from rlcompress.core.errors import UserError
+from rlcompress.core.learned import LearnedLosses
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
-from rlcompress.core.policy import Policy, PolicyShape, save_policy
+from rlcompress.core.policy import LEARNED, Policy, PolicyShape, save_policy
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
 from rlcompress.rl import transfer, untrained
@@ -41,7 +42,7 @@ def policy_folder() -> Path:
     torch.manual_seed(0)
     policy = Policy(PolicyShape(len(ACTION_COLUMNS), len(STATE_COLUMNS), 8, OBSERVATION_VERSION))
     torch.nn.init.normal_(policy.score.weight)
-    save_policy(folder, policy, {"temperature": 0.5})
+    save_policy(folder, policy, {"temperature": 0.5, "episodes": 8})
     return folder
 
 
@@ -260,6 +261,19 @@ class TestTransfer:
         assert 4 <= len(chains) <= 8
         # A chain moves away from the best that the policy found for its size.
         assert not {r.schedule for r in refined} & {r.schedule for r in played}
+
+    def test_a_policy_without_episodes_is_the_knapsack_on_its_losses(self, problem, tmp_path):
+        shutil.copytree(policy_folder(), tmp_path / "p")
+        about = json.loads((tmp_path / "p" / "policy.json").read_text())
+        (tmp_path / "p" / "policy.json").write_text(json.dumps({**about, "episodes": 0}))
+        LearnedLosses().save(tmp_path / "p" / LEARNED)  # untrained: the estimates
+        settings = Settings(6, (LOW, HIGH), 0)
+        found = transfer.search(
+            problem, settings, [], in_process(problem), ppo=PPOSpec(), folder=tmp_path / "p"
+        )
+        records = list(found)
+        knapsack = {r.target: r.schedule for r in run(problem, "knapsack", 24)}
+        assert [r.schedule for r in records] == [knapsack[r.target] for r in records]
 
     def test_few_evaluations_are_zero_shot(self, problem):
         assert lines(run(problem, "transfer", 5)) == lines(run(problem, "transfer", 34)[:5])

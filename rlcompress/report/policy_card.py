@@ -32,7 +32,7 @@ def policy_card(about: Mapping[str, Any], where: str) -> str:
         "| --- | ---: | ---: |",
         *(f"| {n} | {a:.2f} | {b:.2f} |" for n, (a, b) in about["agreement"].items()),
         "",
-        f"On {where}, which it never saw, against the prior on the estimates (held-out images):",
+        f"On {where}, which it never saw, against the knapsack on estimates (held-out images):",
         "",
         "| times fewer bytes | KL, estimates | KL, policy | accuracy, estimates | … policy |",
         "| ---: | ---: | ---: | ---: | ---: |",

@@ -184,6 +184,15 @@ class Program:
         return Schedule(keep, bits)
 
 
+def answers(problem: Problem, wanted: Sequence[float]) -> Iterator[Schedule]:
+    """The program's answer for each size ratio on the losses that the problem's prior goes by, or
+    the prior's own where the solver has none in time."""
+    program = Program(problem, problem.prior.losses)
+    for target in wanted:
+        size = problem.dense.bytes / target
+        yield program.solve(size) or problem.prior.schedule(size)
+
+
 def search(
     problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
 ) -> Iterator[Record]:

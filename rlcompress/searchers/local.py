@@ -26,7 +26,7 @@ from rlcompress.searchers.base import (
     targets,
 )
 from rlcompress.searchers.genes import Genes
-from rlcompress.searchers.knapsack import Program
+from rlcompress.searchers.knapsack import answers
 
 CHAINS = 8
 #: Decades of KL: the noise of a few hundred images, so that a chain is not held by it.
@@ -47,13 +47,6 @@ def search(
     past = [*spent, *history[len(spent) :]]
     batches = _anneal(problem, settings, losses)
     yield from measured_in_batches("local", settings, past, measure, batches, before=len(spent))
-
-
-def _starts(problem: Problem, losses: Losses, wanted: Sequence[float]) -> list[Schedule]:
-    """The knapsack's answers, or the prior's where the solver has none in time."""
-    program, prior = Program(problem, losses), problem.with_losses(losses).prior
-    sizes = [problem.dense.bytes / target for target in wanted]
-    return [program.solve(size) or prior.schedule(size) for size in sizes]
 
 
 def refine(
@@ -93,7 +86,7 @@ def _sizes(settings: Settings) -> list[float]:
 
 def _anneal(problem: Problem, settings: Settings, losses: Losses) -> Batches:
     wanted = _sizes(settings)
-    starts = _starts(problem, losses, wanted)
+    starts = list(answers(problem.with_losses(losses), wanted))
     # Neighbouring sizes may have one answer.
     first: dict[Schedule, float] = {}
     for schedule, target in zip(starts, wanted, strict=True):

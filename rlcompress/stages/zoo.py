@@ -24,6 +24,7 @@ from rlcompress.report.policy_card import policy_card
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy
 from rlcompress.searchers import Settings, in_process
 from rlcompress.searchers.base import Measure, Proposal, measured
+from rlcompress.searchers.knapsack import answers
 from rlcompress.spec import spec_hash
 from rlcompress.stages.deliver import tracker_of
 from rlcompress.stages.dense import train_dense
@@ -146,7 +147,7 @@ def train_policy(run: Workspace) -> dict[str, Any]:
         **environment_options(e.ppo),
     }
     train_dense(run)
-    about["judged"] = judge(run, policy, learned)
+    about["judged"] = judge(run, policy if zoo.ppo_episodes else None, learned)
     save_policy(folder, policy, about)
     where = f"{run.experiment.model.factory} {run.experiment.model.args} on {e.data.factory}"
     save_bytes(folder / "card.md", policy_card(about, where).encode())
@@ -214,43 +215,45 @@ def _play_zoo(
 
 
 def judge(
-    run: Workspace, policy: Policy, learned: LearnedLosses, sizes: int = 8
+    run: Workspace, policy: Policy | None, learned: LearnedLosses, sizes: int = 8
 ) -> list[dict[str, float]]:
-    """The policy's episodes and those of the prior on the estimates, at sizes over the experiment's
-    target range, on the experiment's network: target, and bytes, KL and accuracy of each."""
+    """Zero-shot against the knapsack on the estimates, on the experiment's network at sizes over
+    its target range: target, and bytes, KL and accuracy of each. `policy`: None where its prior is
+    all that was trained."""
     ppo, target, problem = run.experiment.ppo, run.experiment.search.target, run.problem
     problem.require_reachable(target)
     evaluator = problem.evaluator
     losses = learned.corrected(problem.network, evaluator.costs, evaluator.estimates)
-    players = {
-        "prior": (new_policy(ppo.hidden).eval(), problem),
-        "policy": (policy.eval(), problem.with_losses(losses)),
-    }
-    envs = {
-        who: gym.make(ENVIRONMENT, problem=seen, target=target, **environment_options(ppo))
-        for who, (_, seen) in players.items()
-    }
+    better = problem.with_losses(losses)
+    ratios = [float(x) for x in np.geomspace(*target, sizes)]
+    options = environment_options(ppo)
+    env = gym.make(ENVIRONMENT, problem=better, target=target, **options)
     rows = []
     with stage("judge", sizes) as shown:
-        for i, ratio in enumerate(float(x) for x in np.geomspace(*target, sizes)):
+        plain, learnt = answers(problem, ratios), answers(better, ratios)
+        for done, ratio in enumerate(ratios, start=1):
             row = {"target": ratio}
-            for who, (player, _) in players.items():
-                m = Measurement.from_dict(greedy(player, envs[who], ratio)["measurement"])
+            ours = (
+                evaluator.evaluate(next(learnt))
+                if policy is None
+                else Measurement.from_dict(greedy(policy.eval(), env, ratio)["measurement"])
+            )
+            for who, m in (("prior", evaluator.evaluate(next(plain))), ("policy", ours)):
                 row |= {f"{who}_bytes": m.bytes, f"{who}_kl": m.kl, f"{who}_accuracy": m.accuracy}
             rows.append(row)
-            shown.update(i + 1, f"{ratio:.1f}x: KL {row['policy_kl']:.3f}")
+            shown.update(done, f"{ratio:.1f}x: KL {row['policy_kl']:.3f}")
     return rows
 
 
 def gain(judged: list[dict[str, float]]) -> float:
-    """Decades of KL that the policy saves over its prior, mean over the sizes."""
+    """Decades of KL saved over the knapsack on estimates, mean over the sizes."""
     return float(np.mean([np.log10(row["prior_kl"] / row["policy_kl"]) for row in judged]))
 
 
 def last_lines(run: Workspace, about: dict[str, Any], version: str) -> None:
-    """The terminal's: prior and policy on the network that the zoo does not have."""
+    """The terminal's: the policy on the network that the zoo does not have."""
     table = Table(box=None, title_justify="left")
-    for name in ("target", "prior: KL", "accuracy", "policy: KL", "accuracy"):
+    for name in ("target", "estimates: KL", "accuracy", "policy: KL", "accuracy"):
         table.add_column(name, justify="right")
     for row in about["judged"]:
         cells = [f"{row['target']:.1f}x"]
@@ -264,9 +267,9 @@ def last_lines(run: Workspace, about: dict[str, Any], version: str) -> None:
         f"{agreed[0]:.2f} as estimated, {agreed[1]:.2f} as learned"
     )
     console.print(
-        f"on {run.name}'s own network the policy's KL is {10 ** -gain(about['judged']):.2f} times "
-        f"its prior's; it learned on {len(about['networks'])} networks, {about['evaluations']} "
-        f"evaluations and {about['episodes']} episodes of PPO"
+        f"on {run.name}'s own network its KL is {10 ** -gain(about['judged']):.2f} times that of "
+        f"the knapsack on estimates; it learned on {len(about['networks'])} networks, "
+        f"{about['evaluations']} evaluations and {about['episodes']} episodes of PPO"
     )
     console.print(
         f"policy   {run.folder / 'policy'}, version {version} of rlcompress-policy in MLflow"
