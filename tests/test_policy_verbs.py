@@ -143,3 +143,41 @@ def test_a_policy_that_is_not_there_is_one_line(folder, policy, said):
     assert done.returncode == 2
     assert said in done.stderr.splitlines()[-1]
     assert not (folder / "runs" / "new" / "search").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compress_is_the_whole_job_and_other_verbs_go_on_from_it(tmp_path):
+    sets = {
+        "data.args.size": 16,
+        "dense.epochs": 3,
+        "dense.batch_size": 32,
+        "calibration.fit_images": 64,
+        "calibration.score_images": 64,
+        "ppo.num_env_runners": 0,
+        "ticket.epochs": 1,
+        "ticket.fit_images": 64,
+        "export.latency": [],
+    }
+    words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
+    model = ("--model", "tests.toy:toy_network", "--data", "digits", "--evaluations", "3")
+    done = rlcompress(tmp_path, "compress", *model, "--target", "5x", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "toy_network"
+    (ticket,) = (json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json"))
+    assert ticket["ratio"] >= 5.0
+    assert ticket["searcher"] == "transfer"
+    again = ("report", "toy_network", "--file", str(run / "experiments.yaml"), "--out", str(run))
+    assert rlcompress(tmp_path, *again, *words).returncode == 0
+
+
+def test_compress_tells_all_mistakes_at_once_and_writes_nothing(tmp_path):
+    words = ("--model", "vgg91", "--data", "digit")
+    done = rlcompress(tmp_path, "compress", *words, "--target", "20")
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()
+    assert 'did you mean "vgg19"?' in first
+    assert 'did you mean "digits"?' in second
+    done = rlcompress(tmp_path, "compress", *words, "--target", "0.5x")
+    assert done.stderr.startswith("--target 0.5x: must be a number above 1")
+    assert list(tmp_path.iterdir()) == []
