@@ -145,6 +145,34 @@ def test_a_policy_that_is_not_there_is_one_line(folder, policy, said):
     assert not (folder / "runs" / "new" / "search").exists()
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ppo_goes_on_over_the_zoo_alike_with_any_number_of_runners(tmp_path):
+    zoo = {**TINY["zoo"], "ppo_episodes": 8, "held": 1}
+    runs = {
+        f"with{n}": {**TINY, "zoo": zoo, "ppo": {**TINY["ppo"], "num_env_runners": n}}
+        for n in (0, 1)
+    }
+    (tmp_path / "experiments.yaml").write_text(yaml.safe_dump({"experiments": runs}))
+    found = []
+    for name in runs:
+        done = rlcompress(tmp_path, "train-policy", name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "8 episodes of PPO" in done.stdout
+        policy = tmp_path / "runs" / name / "policy"
+        found.append((policy / "episodes.jsonl").read_text())
+        assert (policy / "policy.safetensors").exists()
+    assert found[0] == found[1]
+    rows = [json.loads(line) for line in found[0].splitlines()]
+    assert [row["evaluation"] for row in rows] == list(range(1, 9))
+    assert {row["network"] for row in rows} == {"small", "other"}
+    assert all(3 <= row["target"] <= 10 for row in rows)
+    # A policy that PPO trained plays its own actions.
+    words = ("transfer", "with0", "--policy", "runs/with0", "--evaluations", "2")
+    assert rlcompress(tmp_path, *words, "--out", "runs/there").returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compress_is_the_whole_job_and_other_verbs_go_on_from_it(tmp_path):

@@ -176,6 +176,7 @@ def _play_zoo(
     learned: LearnedLosses,
 ) -> Policy:
     from rlcompress.rl import zoo
+    from rlcompress.rl.config import record_of
 
     members, bundles = [], []
     for name, network in networks.items():
@@ -209,8 +210,10 @@ def _play_zoo(
             on_iteration=lambda row: curve.append(json.dumps(row)),
         )
         for done, info in enumerate(played, start=1):
-            episodes.append(json.dumps(info))
-            shown.update(done, f"{info['network']}  {info['return']:+.2f} over the prior")
+            row = json.loads(record_of(info, e.seed, done).to_json())
+            paid = float(info["return"])
+            episodes.append(json.dumps({"network": info["network"], "return": paid, **row}))
+            shown.update(done, f"{info['network']}  {paid:+.2f} against its sampled schedules")
     return load_policy(folder, OBSERVATION_VERSION)[0]
 
 
