@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +113,40 @@ def test_help_tells_the_exit_codes(rlcompress):
     assert "Exit codes: 0 done; 2 a mistake in what was asked; 3 the outside world" in told
 
 
+def on_a_terminal(folder: Path, *words: str, **env: str) -> str:
+    """What `rlcompress WORDS` writes to a terminal of 120 columns."""
+    here, there = pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlcompress", *words],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=there,
+        stderr=there,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **env},
+    )
+    os.close(there)
+    written = b""
+    # Reading from a terminal that nobody writes to any more is an error.
+    with contextlib.suppress(OSError):
+        while part := os.read(here, 65536):
+            written += part
+    os.close(here)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
+
+
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:[39][0-7]|38;|48;|4[0-7]|10[0-7])")
+
+
+def test_colours_respect_no_color(tmp_path):
+    (tmp_path / "experiments.yaml").write_text(EXPERIMENTS)
+    assert COLOUR.search(on_a_terminal(tmp_path, "search", "tiny", NO_COLOR=""))
+    plain = on_a_terminal(tmp_path, "search", "tiny", "--fresh", NO_COLOR="1")
+    assert "uniform" in plain
+    assert not COLOUR.search(plain)
+
+
 # --- Ctrl-C --------------------------------------------------------------------------------------
 
 SLOW = """
@@ -121,6 +161,7 @@ experiments:
     ppo: {num_env_runners: 1, episodes_per_iteration: 4, epochs: 1, hidden: 8}
     tune: {trials: 2, trial_episodes: 400, space: {ppo.lr: {loguniform: [0.0001, 0.01]}}}
     dynamic: {target: 8, warmup: 21, watch: 10, recovery_steps: 3, final_steps: 4000000}
+    ticket: {epochs: 4000, batch_size: 32, fit_images: 64, floor: 50.0}
 """
 
 
@@ -180,6 +221,15 @@ def test_interrupted_in_a_search_the_same_command_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert archive.read_text().startswith(kept)
     assert lines_of(archive) == count + 2
+
+
+def test_interrupted_while_a_ticket_trains(tmp_path):
+    write_slow(tmp_path, 2, "uniform", 4)
+    code, err = interrupted(
+        tmp_path, ["run", "slow"], lambda run: any(run.glob("tickets/*/*.checkpoint"))
+    )
+    assert (code, "Traceback" in err) == (130, False)
+    assert "the dense network, 4 measured schedules, 1 arm in training; to go on:" in err
 
 
 def test_interrupted_in_dynamic(tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rlcompress.core.files import read_archive
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -19,20 +21,24 @@ def example(name: str, *words: str) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_ones_own_loop_and_its_checkpoint(tmp_path):
-    """Stopped after a third and resumed, it writes the file that it writes in one go."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    said = example("own_loop", "--epochs", "10", "--out", str(whole))
+def test_ones_own_loop(tmp_path):
+    said = example("own_loop", "--epochs", "10", "--out", str(tmp_path))
     size, accuracy = re.findall(r"([\d,]+) bytes, test ([\d.]+)%", said)[-1]
-    assert int(size.replace(",", "")) == (whole / "weights.safetensors").stat().st_size
-    assert re.findall(r"([\d.]+)x fewer", said)[-1] >= "20.0"
+    assert int(size.replace(",", "")) == (tmp_path / "weights.safetensors").stat().st_size
+    assert float(re.findall(r"([\d.]+)x fewer", said)[-1]) >= 20.0
     assert float(accuracy) > 80.0
+
+
+@pytest.mark.slow
+def test_ones_own_loop_stopped_and_resumed_writes_the_same_file(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    example("own_loop", "--epochs", "10", "--out", str(whole))
     example("own_loop", "--epochs", "4", "--out", str(parts))
     example("own_loop", "--epochs", "10", "--out", str(parts), "--resume")
     files = [(folder / "weights.safetensors").read_bytes() for folder in (whole, parts)]
@@ -59,7 +65,21 @@ def test_ones_own_image_folder(tmp_path):
     assert about["input"]["shape"] == [3, 16, 16]
 
 
-@pytest.mark.parametrize("name", ["own_loop", "callback"])
+@pytest.mark.slow
+def test_a_policy_from_elsewhere_on_a_torchvision_network(tmp_path):
+    """The policy in the box plays; its ticket and the uniform rule's are compared."""
+    words = ("--evaluations", "4", "--epochs", "4", "--out", str(tmp_path))
+    said = example("policy_transfer", *words)
+    archive = read_archive(tmp_path / "search" / "archive.jsonl")
+    assert [r.searcher for r in archive].count("transfer") == 4
+    assert "\nuniform (uniform-" in said
+    (ticket,) = tmp_path.glob("tickets/transfer-*")
+    about = json.loads((ticket / "ticket.json").read_text())
+    assert about["ratio"] >= 4
+    assert about["ticket"]["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("name", ["own_loop", "callback", "image_folder", "policy_transfer"])
 def test_the_commands_in_an_example_are_its_own(name):
     text = (ROOT / "examples" / f"{name}.py").read_text()
     assert f"uv run python -m examples.{name}" in text

@@ -28,7 +28,7 @@ KEEPS = (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)
 ZOO = {
     "vgg19": ModelRef("vgg19", {"width": 0.0625}, 10, (1, 32, 32)),
     "mobilenetv2": ModelRef("mobilenetv2", {"width": 0.25}, 10, (1, 16, 16)),
-    "resnet18": ModelRef("resnet18", {}, 10, (1, 16, 16)),
+    "resnet20": ModelRef("resnet20", {"width": 0.5}, 10, (1, 16, 16)),
 }
 
 

@@ -145,7 +145,7 @@ def test_what_cannot_be_evaluated_is_refused(evaluator, make_evaluator):
         make_evaluator(recovery="magic")
 
 
-@pytest.mark.parametrize("net", ["mobilenetv2", "resnet18"], indirect=True)
+@pytest.mark.parametrize("net", ["mobilenetv2", "resnet20"], indirect=True)
 def test_depthwise_and_residual_networks_are_written_as_scored(net, net_estimates, tmp_path):
     images, labels = net.images, torch.arange(4)
     evaluator = build_evaluator(

@@ -91,7 +91,7 @@ def stored(path) -> list[tuple[str, int]]:
 
 
 @settings(
-    max_examples=5,
+    max_examples=3,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking means minutes of exports
     suppress_health_check=[HealthCheck.too_slow],

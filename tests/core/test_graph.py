@@ -69,9 +69,11 @@ def test_layers_carry_the_networks_own_weights_and_order(net):
     assert [n for n in called if n in net.network.layers] == [*net.network.layers]
 
 
-@pytest.mark.parametrize("net", ["resnet18"], indirect=True)
+@pytest.mark.parametrize("net", ["resnet20"], indirect=True)
 def test_added_branches_share_a_group(net):
-    assert net.network.groups["conv1"].layers == ("conv1", "layer1.0.conv2", "layer1.1.conv2")
+    stem = "features.0.0"
+    added = tuple(f"features.{block}.second.0" for block in (1, 2, 3))
+    assert net.network.groups[stem].layers == (stem, *added)
 
 
 @pytest.mark.parametrize("net", ["mobilenetv2"], indirect=True)

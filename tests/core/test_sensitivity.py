@@ -75,7 +75,7 @@ def test_images_may_be_of_any_confidence(trained, fit):
     assert all(np.isfinite(v).all() and v[0] > 0 for v in sure.quantize.values())
 
 
-@pytest.mark.parametrize("net", ["mobilenetv2", "resnet18"], indirect=True)
+@pytest.mark.parametrize("net", ["mobilenetv2", "resnet20"], indirect=True)
 def test_depthwise_and_residual_networks_have_estimates(net, net_estimates):
     found = net_estimates
     assert all((found.importance[g] >= 0).all() for g in net.network.groups)
