@@ -211,9 +211,9 @@ def _play_zoo(
         )
         for done, info in enumerate(played, start=1):
             row = json.loads(record_of(info, e.seed, done).to_json())
-            paid = float(info["return"])
-            episodes.append(json.dumps({"network": info["network"], "return": paid, **row}))
-            shown.update(done, f"{info['network']}  {paid:+.2f} against its sampled schedules")
+            gained = float(info["return"])
+            episodes.append(json.dumps({"network": info["network"], "return": gained, **row}))
+            shown.update(done, f"{info['network']}  {gained:+.2f} against its sampled schedules")
     return load_policy(folder, OBSERVATION_VERSION)[0]
 
 
