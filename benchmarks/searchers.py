@@ -82,23 +82,27 @@ def records_of(
     folder: Path,
 ) -> Iterator[Record]:
     """What a searcher measures behind its `history`. `transfer-N` plays the policy of seed N that
-    never saw the network's family."""
+    never saw the network's family, `ppo-N` begins with it."""
+    base, _, number = name.partition("-")
+    policy = None
+    if number:
+        from benchmarks.policies import held_out_policy
+
+        policy = held_out_policy(short(run), int(number))
     spec = run.experiment.ppo.model_copy(update={"num_env_runners": runners})
     if name == "untrained":
         from rlcompress.rl import untrained
 
         return untrained.search(problem, settings, history, ppo=spec)
-    if name.startswith("transfer-"):
-        from benchmarks.policies import held_out_policy
+    if base == "transfer" and policy is not None:
         from rlcompress.rl import transfer
 
-        policy = held_out_policy(short(run), int(name.removeprefix("transfer-")))
         measure = in_process(problem)
         return transfer.search(problem, settings, history, measure, ppo=spec, folder=policy)
-    if name == "ppo":
+    if base == "ppo":
         from rlcompress.rl import ppo
 
-        return ppo.search(known, problem, settings, history, ppo=spec, folder=folder)
+        return ppo.search(known, problem, settings, history, ppo=spec, folder=folder, begin=policy)
     return find(name)(problem, settings, history, in_process(problem))
 
 
@@ -309,7 +313,7 @@ def _figures(network: str, rows: list[dict[str, Any]], budget: int) -> dict[str,
     others = {
         name: statistics.mean(by_seed.values())
         for (name, count), by_seed in volumes.items()
-        if count == budget and name != "ppo"
+        if count == budget and not name.startswith("ppo")
     }
     pairs = {f"ppo{budget}_minus_local300_{network}": ("local", 300)}
     if others:

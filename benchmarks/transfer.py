@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,22 @@ from benchmarks import policies, results
 from benchmarks.networks import EXPERIMENTS, workspace
 from benchmarks.searchers import judge, key_of, measure, path_of
 from rlcompress.core.files import read_lines
-from rlcompress.core.learned import agreement, fit
+from rlcompress.core.learned import COLUMNS, Lessons, agreement, fit
 
 PROBLEM_SEED = 1
 BUDGETS = (10, 25)
 #: Searcher, evaluations, sensitivity.
 RIVALS = (("knapsack", 10, "estimated"), ("knapsack", 100, "refitted"), ("local", 500, "refitted"))
 COUNTS = (1, 2, 4, 8)
+#: Columns of `rlcompress.core.learned` that the ablation leaves out together.
+GROUPS = {
+    "nothing": (),
+    "the layer's shape": ("log_kernel", "owners", "readers"),
+    "its place and size": ("depth", "log_share"),
+    "the choice": ("ratio", "bits"),
+    "the estimates": ("loss", "plain_loss", "output_kl"),
+    "the rank": ("rank",),
+}
 
 
 def scores(network: str) -> dict[tuple[str, int, str], float]:
@@ -54,16 +65,66 @@ def scores(network: str) -> dict[tuple[str, int, str], float]:
     return found
 
 
+def blind(known: Lessons, columns: Sequence[str]) -> Lessons:
+    """The same network, its `columns` all zero."""
+    seen = torch.tensor([float(name not in columns) for name in COLUMNS])
+    return replace(
+        known,
+        group_columns=known.group_columns * seen,
+        layer_columns=known.layer_columns * seen,
+    )
+
+
+def held_out(known: Mapping[str, Lessons]) -> Iterator[tuple[list[str], list[str]]]:
+    """Names to learn on and names to judge on: each family once."""
+    for family in sorted({policies.family_of(name) for name in known}):
+        yield (
+            [name for name in known if policies.family_of(name) != family],
+            [name for name in known if policies.family_of(name) == family],
+        )
+
+
+def ablation(seeds: list[int]) -> list[dict[str, Any]]:
+    """Agreement on networks of a family left out, where groups of columns are hidden."""
+    known = policies.lessons(policies.zoo())
+    rows = []
+    for group, columns in GROUPS.items():
+        seen = {name: blind(lesson, columns) for name, lesson in known.items()}
+        for seed in seeds:
+            for rest, judged in held_out(known):
+                learned = fit([seen[name] for name in rest], seed=seed)
+                rows += [
+                    {
+                        "kind": "ablation",
+                        "seed": seed,
+                        "without": group,
+                        "network": name,
+                        "agreement": agreement(seen[name], learned),
+                    }
+                    for name in judged
+                ]
+    return rows
+
+
+def print_ablation(rows: list[dict[str, Any]]) -> None:
+    print("\nhidden                agreement on families left out (sd over policy seeds)")
+    for group in GROUPS:
+        mine = [row for row in rows if row["without"] == group]
+        of_seeds = [
+            statistics.mean(row["agreement"] for row in mine if row["seed"] == seed)
+            for seed in sorted({row["seed"] for row in mine})
+        ]
+        sd = f" ± {statistics.stdev(of_seeds):.3f}" if len(of_seeds) > 1 else ""
+        print(f"{group:20}{statistics.mean(of_seeds):8.3f}{sd}   (n = {len(of_seeds)})")
+
+
 def scale_curve(seeds: list[int]) -> list[dict[str, Any]]:
     """Agreement on each network of the zoo whose family the losses did not learn on, against how
     many networks they learned on."""
     known = policies.lessons(policies.zoo())
-    families = sorted({policies.family_of(name) for name in known})
     rows = []
     for seed in seeds:
-        for family in families:
-            rest = [name for name in known if policies.family_of(name) != family]
-            held_out = [name for name in known if policies.family_of(name) == family]
+        for rest, judged in held_out(known):
             order = np.random.default_rng([seed, len(rest)]).permutation(rest)
             for count in (*COUNTS, len(rest)):
                 learned = fit([known[name] for name in order[:count]], seed=seed)
@@ -77,7 +138,7 @@ def scale_curve(seeds: list[int]) -> list[dict[str, Any]]:
                         "agreement": agreement(known[name], learned),
                         "estimated": agreement(known[name], None),
                     }
-                    for name in held_out
+                    for name in judged
                 ]
     return rows
 
@@ -97,7 +158,7 @@ def print_scale(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"slope_with_networks": results.figure(slopes, "correlation a doubling")}
 
 
-def summarise(seeds: list[int], scale: list[dict[str, Any]]) -> None:
+def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[str, Any]]) -> None:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     ratios: dict[str, list[float]] = {}
@@ -127,10 +188,12 @@ def summarise(seeds: list[int], scale: list[dict[str, Any]]) -> None:
         figures[name] = results.figure(values, "relative checked volume")
     if scale:
         figures |= print_scale(scale)
+    if ablated:
+        print_ablation(ablated)
     for name, value in figures.items():
         sd = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
         print(f"{name:48}{value['value']:8.3f}{sd}  (n = {value['n']})")
-    print(results.write("transfer", figures, [*rows, *scale]))
+    print(results.write("transfer", figures, [*rows, *scale, *ablated]))
 
 
 def main() -> None:
@@ -139,6 +202,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="of the policy")
     parser.add_argument("--no-rivals", action="store_true")
     parser.add_argument("--no-scale", action="store_true", help="without the scale curve")
+    parser.add_argument("--no-ablation", action="store_true", help="of the columns")
     parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -155,7 +219,11 @@ def main() -> None:
             measure(network, PROBLEM_SEED, names, budget, "estimated", 0, folder)
         for name, budget, kind in () if options.no_rivals else RIVALS:
             measure(network, PROBLEM_SEED, [name], budget, kind, 0, folder)
-    summarise(seeds, [] if options.no_scale else scale_curve(seeds))
+    summarise(
+        seeds,
+        [] if options.no_scale else scale_curve(seeds),
+        [] if options.no_ablation else ablation(seeds),
+    )
 
 
 if __name__ == "__main__":

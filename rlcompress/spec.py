@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, did_you_mean
 from rlcompress.core.files import save_bytes
 from rlcompress.schema import (
     NAME,
@@ -33,7 +33,6 @@ from rlcompress.schema import (
     SearchSpec,
     TicketSpec,
     TrackingSpec,
-    did_you_mean,
     spec_hash,
 )
 
