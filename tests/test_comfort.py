@@ -139,6 +139,7 @@ def on_a_terminal(folder: Path, *words: str, **env: str) -> str:
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:[39][0-7]|38;|48;|4[0-7]|10[0-7])")
 
 
+@pytest.mark.slow
 def test_colours_respect_no_color(tmp_path):
     (tmp_path / "experiments.yaml").write_text(EXPERIMENTS)
     assert COLOUR.search(on_a_terminal(tmp_path, "search", "tiny", NO_COLOR=""))

@@ -27,6 +27,7 @@ def example(name: str, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_ones_own_loop(tmp_path):
     said = example("own_loop", "--epochs", "10", "--out", str(tmp_path))
     size, accuracy = re.findall(r"([\d,]+) bytes, test ([\d.]+)%", said)[-1]
@@ -45,6 +46,7 @@ def test_ones_own_loop_stopped_and_resumed_writes_the_same_file(tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_a_callback_as_lightning_calls_it():
     said = example("callback", "--epochs", "10")
     ratio, accuracy = re.fullmatch(r"([\d.]+)x fewer bytes, test ([\d.]+)%\n", said).groups()
