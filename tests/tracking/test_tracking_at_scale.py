@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -106,13 +107,16 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_experiments_at_once_on_a_server_with_postgresql(postgres, tmp_path, monkeypatch):
+def test_two_experiments_at_once_on_a_server_with_postgresql(postgres, tmp_path):
     (tmp_path / "experiments.yaml").write_text(EXPERIMENTS)
     with MlflowServer(tmp_path / "server", postgres) as server:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(2) as pool:
-            done = pool.starmap(rlcompress, [(tmp_path, "run", name) for name in ("one", "two")])
+        tracked = {"MLFLOW_TRACKING_URI": server.uri}
+        with ThreadPoolExecutor(2) as both:
+            done = list(
+                both.map(
+                    lambda name: rlcompress(tmp_path, "run", name, env=tracked), ("one", "two")
+                )
+            )
         for ended in done:
             assert ended.returncode == 0, ended.stdout + ended.stderr
         client = mlflow.MlflowClient(server.uri)
