@@ -204,8 +204,8 @@ FAULTS = {
     "driver_searching": Fault(driver_searching, "dense", "search", (-9,)),
     "driver_retraining": Fault(driver_retraining, "search", "run", (-9,)),
     "driver_logging": Fault(driver_logging, "tickets", "run", (-9,)),
-    "mlflow_gone": Fault(mlflow_gone, "tickets", "run", (0, 2), "the same command tries"),
-    "disk_full": Fault(disk_full, "dense", "search", (2,), "No space left on device"),
+    "mlflow_gone": Fault(mlflow_gone, "tickets", "run", (0, 3), "the same command tries"),
+    "disk_full": Fault(disk_full, "dense", "search", (3,), "the disk is full"),
     "sigterm": Fault(sigterm, "dense", "search", (143,), "rlcompress search tiny"),
 }
 
