@@ -200,6 +200,7 @@ def main() -> None:
     parser = results.parser(__doc__)
     parser.add_argument("--networks", default=",".join(EXPERIMENTS))
     parser.add_argument("--seeds", default="0,1,2", help="of the policy")
+    parser.add_argument("--fit-seeds", default="0,1,2", help="of the scale curve and ablation")
     parser.add_argument("--no-rivals", action="store_true")
     parser.add_argument("--no-scale", action="store_true", help="without the scale curve")
     parser.add_argument("--no-ablation", action="store_true", help="of the columns")
@@ -219,10 +220,11 @@ def main() -> None:
             measure(network, PROBLEM_SEED, names, budget, "estimated", 0, folder)
         for name, budget, kind in () if options.no_rivals else RIVALS:
             measure(network, PROBLEM_SEED, [name], budget, kind, 0, folder)
+    fit_seeds = [int(seed) for seed in options.fit_seeds.split(",")]
     summarise(
         seeds,
-        [] if options.no_scale else scale_curve(seeds),
-        [] if options.no_ablation else ablation(seeds),
+        [] if options.no_scale else scale_curve(fit_seeds),
+        [] if options.no_ablation else ablation(fit_seeds),
     )
 
 
