@@ -101,28 +101,29 @@ def main() -> None:
         return [row for row in rows.rows if row["key"] == key]
 
     whole = stage_set.prepare()
-    for turn in range(1 if options.quick else options.rounds):
-        for name in ["none", *names]:
-            done = any(row["fault"] == name and row["turn"] == turn for row in mine())
-            if done or (name == "none" and turn >= len(UNDISTURBED)):
-                continue
-            place = folder / f"{name}-{turn}"
-            if place.exists():
-                shutil.rmtree(place)
-            found: dict[str, Any]
-            try:
-                if name == "none":
-                    found = {"front": faulty.undisturbed(place, whole, UNDISTURBED[turn])}
-                else:
-                    found = faulty.play(name, place, whole, turn)
-            except stage_set.MissedError as error:
-                print(f"{name}, round {turn}: missed, nothing struck: {error}", flush=True)
-                continue
-            finally:
-                shutil.rmtree(place)
-            about = {"key": key, "fault": name, "turn": turn, "commit": results.commit()}
-            rows.append({**about, **found})
-            print({"fault": name, "turn": turn, **found}, flush=True)
+    # What no fault touched comes first: it says which fronts are another draw's.
+    plan = [("none", turn) for turn in range(len(UNDISTURBED))]
+    plan += [(n, turn) for turn in range(1 if options.quick else options.rounds) for n in names]
+    for name, turn in plan:
+        if any(row["fault"] == name and row["turn"] == turn for row in mine()):
+            continue
+        place = folder / f"{name}-{turn}"
+        if place.exists():
+            shutil.rmtree(place)
+        found: dict[str, Any]
+        try:
+            if name == "none":
+                found = {"front": faulty.undisturbed(place, whole, UNDISTURBED[turn])}
+            else:
+                found = faulty.play(name, place, whole, turn)
+        except stage_set.MissedError as error:
+            print(f"{name}, round {turn}: missed, nothing struck: {error}", flush=True)
+            continue
+        finally:
+            shutil.rmtree(place)
+        about = {"key": key, "fault": name, "turn": turn, "commit": results.commit()}
+        rows.append({**about, **found})
+        print({"fault": name, "turn": turn, **found}, flush=True)
     summarise(mine())
 
 
