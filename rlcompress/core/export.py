@@ -74,6 +74,13 @@ def _root_cause(error: BaseException) -> str:
     return first_line(error)
 
 
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: torch's exporter stumbles while it cleans up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _build(
     model: nn.Module,
     bits: Mapping[str, int],
@@ -170,6 +177,8 @@ def export_onnx(
     except UserError as error:
         raise UserError(f"{path}: {error}; {hint}") from error
     except Exception as error:  # whatever a network makes torch's exporter or the quantizer raise
+        if _interrupted(error):
+            raise KeyboardInterrupt from error
         raise UserError(
             f"{path}: the network cannot be exported to ONNX: {_root_cause(error)}; {hint}"
         ) from error

@@ -249,6 +249,22 @@ class Idle(nn.Module):
         return self.used(x.flatten(1))
 
 
+class Stumbling(nn.Module):
+    """It is interrupted and cannot clean up."""
+
+    def forward(self, x):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise AssertionError("no mode is active")
+
+
+def test_an_interrupt_that_the_exporter_hides_is_one(scratch):
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(Stumbling(), {}, {}, torch.randn(4, 1, 4, 4), scratch / "m.onnx")
+    assert not (scratch / "m.onnx").exists()
+
+
 @pytest.mark.parametrize(
     ("model", "bits", "message"),
     [
