@@ -68,11 +68,14 @@ def bundle(
     score, _, _ = run.data.validation_parts(score_images, 0, seed)
     dense = run.network("trained") if model is None else model
     dense = dense.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = fit.images(slice(0, e.calibration.estimate_images))
+    images = fit.images().contiguous(memory_format=torch.channels_last)
+    told, rest = images.tensor_split([e.calibration.estimate_images])
     estimates = estimate(
         dense,
         run.structure,
-        images.contiguous(memory_format=torch.channels_last),
+        told,
+        fit=rest if 2 * len(rest) >= len(told) else None,
+        positions=positions,
         keeps=e.search.keeps,
         bits=e.search.bits,
         clip=e.search.clip,

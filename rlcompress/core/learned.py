@@ -40,12 +40,12 @@ COLUMNS = (
     "log_share",  # log10 of the dense bytes that the choice touches, share of the network's
     "ratio",  # keep ratio
     "bits",  # / 8
-    "loss",  # log10 of the estimate over the geometric mean of all (prune: readers refitted)
-    "plain_loss",  # of a cut, the same, not refitted
+    "loss",  # log10 of the estimate, refitted, over the geometric mean of all
+    "plain_loss",  # the same, not refitted
     "output_kl",  # log(1 + histogram KL of the layer's outputs)
     "rank",  # share of the groups (or layers) that lose less by the same choice
 )
-VERSION = 1
+VERSION = 2
 #: Largest logarithm of a factor, either way.
 MOST = 3.0
 #: Measured KLs below it are noise; what is added to a sum of losses for the same reason.
@@ -61,9 +61,12 @@ def columns_of(
     keeps, bits = np.array(estimates.keeps), np.array(estimates.bits)
     refit_GK, plain_GK = (
         np.array([table[g.name] for g in groups]).reshape(-1, len(keeps))
-        for table in (estimates.prune_refit, estimates.prune)
+        for table in (estimates.prune_solved, estimates.prune)
     )
-    quantize_LB = np.array([estimates.quantize[layer.name] for layer in layers])
+    quantize_LB, plain_LB = (
+        np.array([table[layer.name] for layer in layers])
+        for table in (estimates.quantize_solved, estimates.quantize)
+    )
     output_LB = np.array([estimates.output_kl[layer.name] for layer in layers])
     positive = np.concatenate([refit_GK[refit_GK > 0], quantize_LB[quantize_LB > 0]])
     scale = np.exp(np.log(np.maximum(positive, _FLOOR)).mean())
@@ -95,7 +98,8 @@ def columns_of(
         of_layers[i, :, :4] = 0, 1, np.log10(layer.kernel), i / len(layers)
         of_layers[i, :, 6] = np.log10(share_L[i] + 1e-4)
     of_layers[..., 8] = bits / 8
-    of_layers[..., 9], of_layers[..., 11] = level(quantize_LB), np.log1p(output_LB)
+    of_layers[..., 9], of_layers[..., 10] = level(quantize_LB), level(plain_LB)
+    of_layers[..., 11] = np.log1p(output_LB)
     of_layers[..., 12] = rank(quantize_LB)
     return of_groups, of_layers
 
@@ -158,6 +162,8 @@ def load_learned(path: Path) -> LearnedLosses:
             )
         learned = LearnedLosses(about["hidden"], about["members"])
         learned.load_state_dict(tensors)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: no intact learned losses: {error}") from error
     return learned.eval()

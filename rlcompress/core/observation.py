@@ -138,7 +138,7 @@ class Observer:
         costs = self.costs
         names = [x.name for x in self.layers]
         self._plain_GK = np.array([estimates.prune[g] for g in self.column])
-        self._refit_GK = np.array([estimates.prune_refit[g] for g in self.column])
+        self._refit_GK = np.array([estimates.prune_solved[g] for g in self.column])
         self._output_LB = np.array([estimates.output_kl[n] for n in names])
         full_G = costs.full_counts_G[None]
         dense_L = costs.layer_bytes(full_G, np.full((1, len(names)), 32))[0]

@@ -35,7 +35,9 @@ class Losses:
 
     @classmethod
     def of(cls, network: Network, estimates: Estimates, *, refitted: bool) -> Losses:
-        table = estimates.prune_refit if refitted else estimates.prune
+        """`refitted`: the layers around a choice are, as reconstruction does it."""
+        table = estimates.prune_solved if refitted else estimates.prune
+        widths = estimates.quantize_solved if refitted else estimates.quantize
         prune = np.array([table[g] for g in network.groups]).reshape(-1, len(estimates.keeps))
         for row, group in zip(prune, network.groups.values(), strict=True):
             if group.protected:
@@ -43,7 +45,7 @@ class Losses:
         # Cutting more never costs less: noise in the estimates must not say otherwise.
         order = np.argsort(-np.array(estimates.keeps))
         prune[:, order] = np.maximum.accumulate(prune[:, order], axis=1)
-        quantize = np.array([estimates.quantize[name] for name in network.layers])
+        quantize = np.array([widths[name] for name in network.layers])
         wide = np.argsort(-np.array(estimates.bits))
         quantize[:, wide] = np.maximum.accumulate(quantize[:, wide], axis=1)
         return cls(estimates.keeps, estimates.bits, prune, quantize)
@@ -139,16 +141,45 @@ class Prior:
         return np.where(fits_NR.any(1), best_N, sizes_NR.argmin(1))
 
     def schedule(self, max_bytes: float) -> Schedule:
-        """The ladder's answer for a size."""
+        """The ladder's answer for a size, what it leaves of the bytes spent."""
         r = int(self.rungs(self.bytes_R[None], np.array([max_bytes]))[0])
+        keep_G, bits_L = self._filled(self.keep_RG[r], self.bits_RL[r], max_bytes)
         return Schedule(
             {
                 g: float(self.keeps[k])
-                for (g, group), k in zip(self.network.groups.items(), self.keep_RG[r], strict=True)
+                for (g, group), k in zip(self.network.groups.items(), keep_G, strict=True)
                 if not group.protected
             },
-            {
-                name: int(self.bits[b])
-                for name, b in zip(self.network.layers, self.bits_RL[r], strict=True)
-            },
+            {name: int(self.bits[b]) for name, b in zip(self.network.layers, bits_L, strict=True)},
         )
+
+    def _filled(
+        self, keep_G: np.ndarray, bits_L: np.ndarray, max_bytes: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Again and again the one change that saves most loss per byte and fits, until there is
+        none: neighbouring rungs may lie far apart."""
+        rows_G, rows_L = np.arange(len(keep_G)), np.arange(len(bits_L))
+        while True:
+            keeps_SG = _with_one_changed(keep_G, len(self.keeps))
+            widths_SL = _with_one_changed(bits_L, len(self.bits))
+            keep_SG = np.concatenate([keeps_SG, np.tile(keep_G, (len(widths_SL), 1))])
+            bits_SL = np.concatenate([np.tile(bits_L, (len(keeps_SG), 1)), widths_SL])
+            size_S = self.costs.bytes(self.counts_GK[rows_G, keep_SG], self.bits[bits_SL])
+            loss_S = self.losses.prune_GK[rows_G, keep_SG].sum(1)
+            loss_S += self.losses.quantize_LB[rows_L, bits_SL].sum(1)
+            # Among the options is what there is.
+            now = int((widths_SL == bits_L).all(1).argmax()) + len(keeps_SG)
+            saved_S, spent_S = loss_S[now] - loss_S, size_S - size_S[now]
+            fits_S = (size_S <= max_bytes) & (spent_S > 0) & (saved_S > 0)
+            if not fits_S.any():
+                return keep_G, bits_L
+            best = int(np.where(fits_S, saved_S / np.maximum(spent_S, 1), -np.inf).argmax())
+            keep_G, bits_L = keep_SG[best], bits_SL[best]
+
+
+def _with_one_changed(chosen_R: np.ndarray, choices: int) -> np.ndarray:
+    """(R x choices, R): every choice of every row in turn, the others as they are."""
+    rows = np.repeat(np.arange(len(chosen_R)), choices)
+    changed_SR = np.tile(chosen_R, (len(rows), 1))
+    changed_SR[np.arange(len(rows)), rows] = np.tile(np.arange(choices), len(chosen_R))
+    return changed_SR

@@ -1,5 +1,5 @@
-"""What each cut and each bit-width is estimated to cost, before anything is measured: two backward
-passes over a small unlabelled batch.
+"""What each cut and each bit-width is estimated to cost, before anything is measured: a few
+backward passes over a small unlabelled batch.
 
 The loss is the KL divergence between the dense network's predictions and the compressed one's.
 Its gradient at the dense network is zero; to second order it is the Fisher quadratic form
@@ -16,16 +16,14 @@ because batch norms (or biases) are re-estimated after the cut. Then
     importance of channel c       1/2 E[m_c^2]          (squared first-order Taylor term,
                                                           Molchanov et al., 2019, eq. 8)
     cost of cutting the set S     1/2 E[(sum_{c in S} m_c)^2]
-    the same when consumers are
-    refitted                      a_c is replaced by what the kept channels do not predict of it
-                                  linearly (their covariance says so)
+
+What both cost where layers are refitted, as reconstruction does it, `solved` says.
 
 Shapes: N images, C channels of a group, K keep ratios, B bit-widths.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,22 +36,28 @@ from torch.nn import functional as F
 
 from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.errors import UserError
+from rlcompress.core.fisher import readers_of, sampled_labels, temperature_of
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
 from rlcompress.core.reading import all_gradients
 from rlcompress.core.reconstruct import patches, sample_positions
 from rlcompress.core.schedule import BITS, KEEPS
+from rlcompress.core.solved import Choices, solved_costs
 from rlcompress.core.tensors import load_tensors, save_tensors
 
 CLIP_POSITIONS = 512
 #: Images of one backward pass for the Fisher diagonal: with sampled labels gradients of
 #: different images are uncorrelated, so a small batch's squared gradient is unbiased.
 FISHER_BATCH = 8
-ENTROPY_SHARE = 0.25
 
 
-_TABLES = ("importance", "prune", "prune_refit", "quantize", "output_kl", "clip")
+_TABLES = (
+    *("importance", "prune", "prune_solved"),
+    *("quantize", "quantize_solved", "output_kl", "clip"),
+)
+#: Of files: others are estimated anew.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class Estimates:
 
     importance  group -> (C,) nats: decides which channels survive at a given ratio
     prune       group -> (K,) nats: KL of cutting to each ratio, consumers not refitted
-    prune_refit group -> (K,) nats: the same, consumers refitted
+    prune_solved    group -> (K,) nats: consumers refitted as an evaluation does it (`solved`)
     quantize    layer -> (B,) nats: KL of each bit-width
+    quantize_solved layer -> (B,) nats: rounded as an evaluation does it (`solved`)
     output_kl   layer -> (B,) nats: histogram KL of what the layer puts out at each bit-width
     clip        layer -> (B, O) share of the channel's largest weight that is representable
     """
@@ -72,8 +77,9 @@ class Estimates:
     bits: tuple[int, ...]
     importance: Mapping[str, np.ndarray]
     prune: Mapping[str, np.ndarray]
-    prune_refit: Mapping[str, np.ndarray]
+    prune_solved: Mapping[str, np.ndarray]
     quantize: Mapping[str, np.ndarray]
+    quantize_solved: Mapping[str, np.ndarray]
     output_kl: Mapping[str, np.ndarray]
     clip: Mapping[str, np.ndarray]
 
@@ -84,11 +90,14 @@ class Estimates:
             for name in _TABLES
             for key, value in getattr(self, name).items()
         }
-        save_tensors(path, tensors, keeps=self.keeps, bits=self.bits)
+        save_tensors(path, tensors, version=_VERSION, keeps=self.keeps, bits=self.bits)
 
     @classmethod
-    def load(cls, path: Path) -> Estimates:
+    def load(cls, path: Path) -> Estimates | None:
+        """None if an older version wrote them."""
         tensors, about = load_tensors(path)
+        if about.get("version") != _VERSION:
+            return None
         tables: dict[str, dict[str, np.ndarray]] = {name: {} for name in _TABLES}
         for name, tensor in tensors.items():
             table, _, key = name.partition("/")
@@ -102,32 +111,6 @@ class Estimates:
                 f"{layer}: {bits} bits; the estimates hold {', '.join(map(str, self.bits))}"
             )
         return torch.tensor(self.clip[layer][self.bits.index(bits)])
-
-
-def _temperature(logits: torch.Tensor) -> float:
-    """At least 1: what brings the mean entropy up to `ENTROPY_SHARE` of its maximum.
-
-    A network that is sure of every calibration image has no gradient; softened predictions
-    rank its weights all the same.
-    """
-    wanted = ENTROPY_SHARE * math.log(logits.shape[1])
-
-    def entropy(temperature: float) -> float:
-        logp = (logits / temperature).log_softmax(1)
-        return -float((logp.exp() * logp).sum(1).mean())
-
-    if entropy(1.0) >= wanted:
-        return 1.0
-    low, high = 0.0, 10.0  # log2 of the temperature
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if entropy(2**middle) < wanted else (low, middle)
-    return 2**high
-
-
-def _sampled_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    probabilities = logits.detach().softmax(1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
 
 
 def root_activation(
@@ -181,23 +164,12 @@ class _Consumers:
         return a_NCP - a_NCP.mean((0, 2), keepdim=True), g_NCP
 
 
-def readers_of(network: Network) -> dict[str, list[tuple[str, Link]]]:
-    """Group -> the layers that read it (depthwise ones pass it on, they are not readers); none
-    of a protected group."""
-    readers: dict[str, list[tuple[str, Link]]] = {g: [] for g in network.groups}
-    for layer in network.layers.values():
-        for link in layer.inputs if layer.kind != "depthwise" else ():
-            if not network.groups[link.group].protected:
-                readers[link.group].append((layer.name, link))
-    return readers
-
-
 def _backward(
     model: nn.Module, chunk: torch.Tensor, temperature: float, generator: torch.Generator
 ) -> None:
     logits = model(chunk) / temperature
     model.zero_grad(set_to_none=True)
-    labels = _sampled_labels(logits, generator)
+    labels = sampled_labels(logits, generator)
     F.cross_entropy(logits, labels, reduction="sum").backward()
 
 
@@ -207,13 +179,12 @@ def _first_pass(
     images: torch.Tensor,
     temperature: float,
     generator: torch.Generator,
-) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray], dict[str, torch.Tensor]]:
-    """Layer -> E[g_w^2]; group -> importance (C,); group -> covariance (C, C)."""
+) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+    """Layer -> E[g_w^2]; group -> importance (C,)."""
     modules = dict(model.named_modules())
     readers = readers_of(network)
     fisher = {name: torch.zeros_like(modules[name].weight) for name in network.layers}  # type: ignore[arg-type]
     importance = {n: np.zeros(g.channels) for n, g in network.groups.items()}
-    covariance = {n: torch.zeros(g.channels, g.channels) for n, g in network.groups.items()}
     names = sorted({n for pairs in readers.values() for n, _ in pairs})
     with _Consumers(modules, names) as consumers:
         for chunk in images.split(FISHER_BATCH):
@@ -228,19 +199,8 @@ def _first_pass(
                     channels = network.groups[name].channels
                     a_NCP, g_NCP = consumers.pair(reader, link, channels, len(chunk))
                     signal += (g_NCP * a_NCP).sum(2).cpu()
-                    flat = a_NCP.transpose(0, 1).flatten(1)
-                    covariance[name] += (flat @ flat.T).cpu() / flat.shape[1]
                 importance[name] += 0.5 * signal.square().sum(0).numpy() / len(images)
-    return fisher, importance, covariance
-
-
-def predictor(covariance: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
-    """(kept, cut): the ridge regression of the cut channels on the kept ones."""
-    keep, gone = torch.from_numpy(np.flatnonzero(kept)), torch.from_numpy(np.flatnonzero(~kept))
-    a = covariance[keep][:, keep].double()
-    ridge = 1e-2 * a.diagonal().mean() + 1e-12
-    identity = torch.eye(len(keep), dtype=a.dtype)
-    return torch.linalg.solve(a + ridge * identity, covariance[keep][:, gone].double()).float()
+    return fisher, importance
 
 
 def _cut_costs(
@@ -248,41 +208,28 @@ def _cut_costs(
     network: Network,
     images: torch.Tensor,
     kept: Mapping[str, list[np.ndarray]],
-    covariance: Mapping[str, torch.Tensor],
     temperature: float,
     generator: torch.Generator,
     batch: int,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Group -> (K,) of 1/2 E[(sum over cut channels)^2]: plain, and with consumers refitted."""
+) -> dict[str, np.ndarray]:
+    """Group -> (K,) of 1/2 E[(sum over cut channels)^2]."""
     readers = readers_of(network)
     modules = dict(model.named_modules())
-    device = images.device
-    predictors = {
-        name: [predictor(covariance[name], mask).to(device) for mask in masks]
-        for name, masks in kept.items()
-    }
-    plain = {name: np.zeros(len(masks)) for name, masks in kept.items()}
-    refitted = {name: np.zeros(len(masks)) for name, masks in kept.items()}
+    costs = {name: np.zeros(len(masks)) for name, masks in kept.items()}
     names = sorted({n for pairs in readers.values() for n, _ in pairs})
     with _Consumers(modules, names) as consumers:
         for chunk in images.split(batch):
             _backward(model, chunk, temperature, generator)
             for name, masks in kept.items():
-                signals = torch.zeros(2, len(masks), len(chunk))
+                signals = torch.zeros(len(masks), len(chunk))
                 for reader, link in readers[name]:
                     channels = network.groups[name].channels
                     a_NCP, g_NCP = consumers.pair(reader, link, channels, len(chunk))
+                    m_NC = (g_NCP * a_NCP).sum(2)
                     for k, mask in enumerate(masks):
-                        keep = torch.from_numpy(mask).to(device)
-                        g_gone = g_NCP[:, ~keep]
-                        predicted = predictors[name][k].T @ a_NCP[:, keep]
-                        direct = (g_gone * a_NCP[:, ~keep]).sum((1, 2))
-                        signals[0, k] += direct.cpu()
-                        signals[1, k] += (direct - (g_gone * predicted).sum((1, 2))).cpu()
-                halves = 0.5 * signals.square().sum(2).numpy() / len(images)
-                plain[name] += halves[0]
-                refitted[name] += halves[1]
-    return plain, {name: np.minimum(plain[name], refitted[name]) for name in plain}
+                        signals[k] += m_NC[:, torch.from_numpy(~mask)].sum(1).cpu()
+                costs[name] += 0.5 * signals.square().sum(1).numpy() / len(images)
+    return costs
 
 
 def estimate(
@@ -295,25 +242,30 @@ def estimate(
     clip: str = "auto",
     seed: int = 0,
     batch: int = 64,
+    fit: torch.Tensor | None = None,
+    positions: int = 2048,
 ) -> Estimates:
-    """Estimates from unlabelled `images` (N, C, H, W); about five forwards' time.
+    """Estimates from unlabelled `images` (N, C, H, W); an evaluation's time or two.
 
-    `clip` is the rule of `quant.choose_clip`. The model is left as it was.
+    clip       the rule of `quant.choose_clip`
+    fit        (M, C, H, W) images that layers are refitted on, none of `images`; None: the second
+               half of `images`, and the first half tells what is then lost
+    positions  sampled output positions a layer for the refit
+
+    The model is left as it was.
     """
     model = model.eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        temperature = _temperature(torch.cat([model(chunk) for chunk in images.split(batch)]))
+        temperature = temperature_of(torch.cat([model(chunk) for chunk in images.split(batch)]))
     with all_gradients(model):
-        fisher, importance, covariance = _first_pass(model, network, images, temperature, generator)
+        fisher, importance = _first_pass(model, network, images, temperature, generator)
         kept: dict[str, list[np.ndarray]] = {name: [] for name in network.groups}
         for ratio in keeps:
             counts = {name: group.count(ratio) for name, group in network.groups.items()}
             for name, mask in kept_channels(network, importance, counts).items():
                 kept[name].append(mask)
-        prune, refit = _cut_costs(
-            model, network, images, kept, covariance, temperature, generator, batch
-        )
+        prune = _cut_costs(model, network, images, kept, temperature, generator, batch)
         model.zero_grad(set_to_none=True)
 
     quantize: dict[str, np.ndarray] = {}
@@ -343,6 +295,28 @@ def estimate(
     weights = {name: modules[name].weight for name in network.layers}
     with torch.no_grad(), LayerCalls(weights, handle):  # type: ignore[arg-type]
         model(images[:batch].clone())
+    told = images
+    if fit is None:
+        half = max(1, len(images) // 2)
+        told, fit = images[:half], images[-half:]
+    solved = solved_costs(
+        model,
+        network,
+        Choices(tuple(keeps), tuple(bits), kept, clips),
+        fit,
+        told,
+        temperature=temperature,
+        positions=positions,
+        seed=seed,
+    )
     return Estimates(
-        tuple(keeps), tuple(bits), importance, prune, refit, quantize, output_kl, clips
+        keeps=tuple(keeps),
+        bits=tuple(bits),
+        importance=importance,
+        prune=prune,
+        prune_solved={g: np.minimum(prune[g], cost) for g, cost in solved[0].items()},
+        quantize=quantize,
+        quantize_solved=solved[1],
+        output_kl=output_kl,
+        clip=clips,
     )

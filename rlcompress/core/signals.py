@@ -27,11 +27,12 @@ import torch
 from torch import nn
 
 from rlcompress.core.calls import Call, as_call
+from rlcompress.core.fisher import readers_of
 from rlcompress.core.graph import Layer, Link, Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, float_weight, mse_clip, scale_of
 from rlcompress.core.reconstruct import patches, sample_positions
-from rlcompress.core.sensitivity import Estimates, predictor, readers_of, root_activation
+from rlcompress.core.sensitivity import Estimates, root_activation
 
 #: Output positions of a layer that are looked at, and inputs that covariances are taken from.
 POSITIONS, INPUTS = 256, 2048
@@ -39,6 +40,15 @@ POSITIONS, INPUTS = 256, 2048
 IMAGES = 32
 #: Of the moving averages: the last ten minibatches, and the last fifty.
 FAST, SLOW = 0.9, 0.98
+
+
+def predictor(covariance: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
+    """(kept, cut): the ridge regression of the cut channels on the kept ones."""
+    keep, gone = torch.from_numpy(np.flatnonzero(kept)), torch.from_numpy(np.flatnonzero(~kept))
+    a = covariance[keep][:, keep].double()
+    ridge = 1e-2 * a.diagonal().mean() + 1e-12
+    identity = torch.eye(len(keep), dtype=a.dtype)
+    return torch.linalg.solve(a + ridge * identity, covariance[keep][:, gone].double()).float()
 
 
 class Average:
@@ -296,6 +306,7 @@ class Signals:
             }
 
         plain, refit = table("plain"), table("refit")
+        refit = {name: np.minimum(plain[name], refit[name]) for name in plain}
         quantize = {name: zero_B.copy() for name in network.layers}
         for name, (shares, _) in self._tables.items():
             fisher, weight = values.get(f"fisher/{name}"), float_weight(self._modules[name])
@@ -309,8 +320,9 @@ class Signals:
             bits=self.bits,
             importance=self.importance(),
             prune=plain,
-            prune_refit={name: np.minimum(plain[name], refit[name]) for name in plain},
+            prune_solved=refit,
             quantize=quantize,
+            quantize_solved=quantize,
             output_kl={
                 name: self._tables[name][1] if name in self._tables else zero_B
                 for name in network.layers

@@ -35,7 +35,7 @@ from rlcompress.spec import Experiment, spec_hash, write_resolved
 from rlcompress.stages.storage import Storage
 
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
-MEASUREMENTS = "3"
+MEASUREMENTS = "4"
 DENSE_INPUTS = ("model", "data", "dense", "seed")
 
 
@@ -197,7 +197,9 @@ class Workspace:
         path = self.folder / "search" / "estimates.safetensors"
         if path.exists():
             with _readable(path):
-                return self.bundle_of(dense, Estimates.load(path))
+                known = Estimates.load(path)
+            if known is not None:
+                return self.bundle_of(dense, known)
         estimates = self.estimate(dense)
         path.parent.mkdir(parents=True, exist_ok=True)
         estimates.save(path)
@@ -246,11 +248,14 @@ class Workspace:
 
     def estimate(self, dense: nn.Module) -> Estimates:
         e = self.experiment
-        images = self.fit.images(slice(0, e.calibration.estimate_images))
+        images = self.fit.images().contiguous(memory_format=torch.channels_last)
+        told, rest = images.tensor_split([e.calibration.estimate_images])
         return estimate(
             dense.to(memory_format=torch.channels_last),
             self.structure,
-            images.contiguous(memory_format=torch.channels_last),
+            told,
+            fit=rest if 2 * len(rest) >= len(told) else None,
+            positions=e.calibration.positions,
             keeps=e.search.keeps,
             bits=e.search.bits,
             clip=e.search.clip,

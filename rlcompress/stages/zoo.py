@@ -37,6 +37,9 @@ REACH = 0.8
 #: Sampled schedules: the stream of their random numbers, deviations that the prior's losses are
 #: shaken by, and rungs of a shaken prior.
 STREAM, DEVIATIONS, RUNGS = 7, (0.0, 0.5, 1.0, 1.5), 32
+#: As `workspace.MEASUREMENTS`, of samples: another prior draws others, but what a schedule
+#: measures is the same.
+SAMPLES = "3"
 
 
 def members(run: Workspace) -> dict[str, Workspace]:
@@ -72,7 +75,7 @@ def sample(run: Workspace) -> list[Record]:
     run.folder.mkdir(parents=True, exist_ok=True)
     train_dense(run)
     inputs = spec_hash(e, "model", "data", "dense", "seed", "calibration", "search")
-    run.claim(folder, f"{MEASUREMENTS} {inputs} {e.zoo.target}")
+    run.claim(folder, f"{SAMPLES} {inputs} {e.zoo.target}")
     records = read_archive(folder / "archive.jsonl")[: e.zoo.samples]
     if len(records) == e.zoo.samples:
         return records

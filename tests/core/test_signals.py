@@ -70,12 +70,12 @@ def test_live_estimates_rank_as_those_of_a_trained_network_do(trained, data, est
     def pooled(table) -> np.ndarray:
         return np.concatenate([table[name] for name in sorted(table)])
 
-    for kind, least in (("quantize", 0.9), ("prune_refit", 0.6)):
+    for kind, least in (("quantize", 0.9), ("prune_solved", 0.6)):
         a, b = pooled(getattr(estimates, kind)), pooled(getattr(live, kind))
         both = (a > 0) & (b > 0)
         assert spearmanr(a[both], b[both])[0] > least, kind
     for name, cost_K in live.prune.items():
-        assert (live.prune_refit[name] <= cost_K).all()
+        assert (live.prune_solved[name] <= cost_K).all()
     signals.close()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

@@ -1,0 +1,52 @@
+"""What the Fisher estimates share: predictions soft enough to have gradients, labels drawn from
+them, and who reads a group."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rlcompress.core.graph import Link, Network
+
+#: Share of its maximum that the mean entropy of the softened predictions comes to.
+ENTROPY_SHARE = 0.25
+
+
+def temperature_of(logits: torch.Tensor) -> float:
+    """At least 1: what brings the mean entropy of (N, classes) up to `ENTROPY_SHARE` of its
+    maximum.
+
+    A network that is sure of every calibration image has no gradient; softened predictions
+    rank its weights all the same.
+    """
+    wanted = ENTROPY_SHARE * math.log(logits.shape[1])
+
+    def entropy(temperature: float) -> float:
+        logp = (logits / temperature).log_softmax(1)
+        return -float((logp.exp() * logp).sum(1).mean())
+
+    if entropy(1.0) >= wanted:
+        return 1.0
+    low, high = 0.0, 10.0  # log2 of the temperature
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy(2**middle) < wanted else (low, middle)
+    return 2**high
+
+
+def sampled_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """(N,) classes drawn from the predictions."""
+    probabilities = logits.detach().softmax(1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+
+
+def readers_of(network: Network) -> dict[str, list[tuple[str, Link]]]:
+    """Group -> the layers that read it (depthwise ones pass it on, they are not readers); none
+    of a protected group."""
+    readers: dict[str, list[tuple[str, Link]]] = {g: [] for g in network.groups}
+    for layer in network.layers.values():
+        for link in layer.inputs if layer.kind != "depthwise" else ():
+            if not network.groups[link.group].protected:
+                readers[link.group].append((layer.name, link))
+    return readers
