@@ -63,7 +63,9 @@ def path_of(network: str, seed: int) -> Path:
 
 def key_of(run: Workspace, sensitivity: str) -> str:
     low, high = run.experiment.search.target
-    return f"{identity(run)} {IMAGES} {low:g}-{high:g} {sensitivity}"
+    # What is estimated has changed since the first rows were measured.
+    kind = {"estimated": "solved"}.get(sensitivity, sensitivity)
+    return f"{identity(run)} {IMAGES} {low:g}-{high:g} {kind}"
 
 
 def short(run: Workspace) -> str:
@@ -140,11 +142,13 @@ def own_records(rows: Iterable[dict[str, Any]], name: str, budget: int) -> list[
     ]
 
 
-def worth_checking(records: Sequence[Record], most_bytes: float, floor: float) -> list[Record]:
-    """At most `MOST_CHECKED` of the front at the `floor` of accuracy, evenly over it."""
+def worth_checking(
+    records: Sequence[Record], most_bytes: float, floor: float, most: int = MOST_CHECKED
+) -> list[Record]:
+    """At most `most` of the front at the `floor` of accuracy, evenly over it."""
     small = [r for r in records if r.measurement.bytes <= most_bytes]
     front = [r for r in archive_front(small) if r.measurement.accuracy >= floor]
-    count = min(MOST_CHECKED, len(front))
+    count = min(most, len(front))
     return [front[round(i)] for i in np.linspace(0, len(front) - 1, count)]
 
 

@@ -12,6 +12,8 @@ those (500). All have one problem (images of seed 1), and are judged as in `benc
 `checked` is the share of the rectangle of (log size ratio, accuracy) that the front covers, its
 schedules fitted anew on other images and measured on the validation images held back.
 
+`retrained` is the same after training (`benchmarks.retrained`).
+
 zero_shot_vs_estimated_knapsack   checked volume of transfer at 10 / knapsack on estimates - 1
 zero_shot_vs_local500             ... at 10 / local at 500;  at25_vs_local500  ... at 25
 slope_with_networks               agreement of learned losses with measured KLs on networks of a
@@ -30,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import policies, results
+from benchmarks import policies, results, retrained
 from benchmarks.networks import EXPERIMENTS, workspace
 from benchmarks.searchers import judge, key_of, measure, path_of
 from rlcompress.core.files import read_lines
@@ -39,7 +41,12 @@ from rlcompress.core.learned import COLUMNS, Lessons, agreement, fit
 PROBLEM_SEED = 1
 BUDGETS = (10, 25)
 #: Searcher, evaluations, sensitivity.
-RIVALS = (("knapsack", 10, "estimated"), ("knapsack", 100, "refitted"), ("local", 500, "refitted"))
+RIVALS = (
+    ("knapsack", 10, "estimated"),
+    ("knapsack", 100, "refitted"),
+    ("local", 25, "estimated"),
+    ("local", 500, "refitted"),
+)
 COUNTS = (1, 2, 4, 8)
 #: Columns of `rlcompress.core.learned` that the ablation leaves out together.
 GROUPS = {
@@ -161,22 +168,26 @@ def print_scale(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[str, Any]]) -> None:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
+    row: dict[str, Any]
     ratios: dict[str, list[float]] = {}
-    print(f"{'network':14}{'searcher':14}{'evaluations':>12}{'sensitivity':>13}{'checked':>9}")
+    print(f"{'network':14}{'searcher':14}{'evaluations':>12}{'sensitivity':>13}", end="")
+    print(f"{'checked':>9}{'retrained':>11}")
     for network in EXPERIMENTS:
         if not path_of(network, PROBLEM_SEED).exists():
             continue
         found = scores(network)
+        after = retrained.volumes(network, PROBLEM_SEED, found)
         for (name, count, kind), value in sorted(found.items()):
             if name.startswith("transfer") or (name, count, kind) in RIVALS:
-                print(f"{network:14}{name:14}{count:12}{kind:>13}{value:9.3f}")
-                rows.append(
-                    {"network": network, "searcher": name, "evaluations": count, "checked": value}
-                )
+                trained = after.get((name, count, kind))
+                text = "" if trained is None else f"{trained:11.3f}"
+                print(f"{network:14}{name:14}{count:12}{kind:>13}{value:9.3f}{text}")
+                row = {"network": network, "searcher": name, "evaluations": count}
+                rows.append({**row, "sensitivity": kind, "checked": value, "retrained": trained})
         for figure, count, rival in (
             ("zero_shot_vs_estimated_knapsack", 10, RIVALS[0]),
-            ("zero_shot_vs_local500", 10, RIVALS[2]),
-            ("at25_vs_local500", 25, RIVALS[2]),
+            ("zero_shot_vs_local500", 10, RIVALS[-1]),
+            ("at25_vs_local500", 25, RIVALS[-1]),
         ):
             for seed in seeds:
                 ours = found.get((f"transfer-{seed}", count, "estimated"))
@@ -202,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="of the policy")
     parser.add_argument("--fit-seeds", default="0,1,2", help="of the scale curve and ablation")
     parser.add_argument("--no-rivals", action="store_true")
+    parser.add_argument("--no-retraining", action="store_true")
     parser.add_argument("--no-scale", action="store_true", help="without the scale curve")
     parser.add_argument("--no-ablation", action="store_true", help="of the columns")
     parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
@@ -220,6 +232,9 @@ def main() -> None:
             measure(network, PROBLEM_SEED, names, budget, "estimated", 0, folder)
         for name, budget, kind in () if options.no_rivals else RIVALS:
             measure(network, PROBLEM_SEED, [name], budget, kind, 0, folder)
+        if not options.no_retraining:
+            mine = [(names[0], budget, "estimated") for budget in BUDGETS]
+            retrained.measure(network, PROBLEM_SEED, [*mine, *RIVALS])
     fit_seeds = [int(seed) for seed in options.fit_seeds.split(",")]
     summarise(
         seeds,

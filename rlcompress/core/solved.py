@@ -30,7 +30,6 @@ from rlcompress.core.graph import Network, kept_mask
 from rlcompress.core.quant import scale_of
 from rlcompress.core.reading import all_gradients
 from rlcompress.core.reconstruct import (
-    RIDGES,
     Fit,
     enough_positions,
     patches,
@@ -182,8 +181,6 @@ class _Solver:
             gram = self.centred_GPD.transpose(1, 2) @ self.centred_GPD
         self.whole = Fit(self.weight, mean_GD, gram, mean_GD.new_zeros(len(mean_GD)))
         self.deviation_O = output_PO.std(0, correction=0)
-        #: Group -> the ridge that its first ratio chose: it serves the others.
-        self._ridges: dict[str, tuple[float, ...]] = {}
 
     def change(self, choice: _Choice) -> torch.Tensor:
         made = (
@@ -215,9 +212,7 @@ class _Solver:
             by_channel[:, :, kept].flatten(2),
             self.output_PO,
             self.weight[:, kept],
-            self._ridges.get(group, RIDGES),
         )
-        self._ridges.setdefault(group, (float(fitted.ridge_G.median()) or RIDGES[0],))
         whole = torch.zeros_like(self.weight)
         whole[:, kept] = fitted.weight
         return whole

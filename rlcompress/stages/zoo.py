@@ -24,7 +24,6 @@ from rlcompress.report.policy_card import policy_card
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy
 from rlcompress.searchers import Settings, in_process
 from rlcompress.searchers.base import Measure, Proposal, measured
-from rlcompress.searchers.knapsack import answers
 from rlcompress.spec import spec_hash
 from rlcompress.stages.deliver import tracker_of
 from rlcompress.stages.dense import train_dense
@@ -236,15 +235,15 @@ def judge(
     env = gym.make(ENVIRONMENT, problem=better, target=target, **options)
     rows = []
     with stage("judge", sizes) as shown:
-        plain, learnt = answers(problem, ratios), answers(better, ratios)
         for done, ratio in enumerate(ratios, start=1):
-            row = {"target": ratio}
+            row, size = {"target": ratio}, problem.dense.bytes / ratio
+            plain = evaluator.evaluate(problem.prior.schedule(size))
             ours = (
-                evaluator.evaluate(next(learnt))
+                evaluator.evaluate(better.prior.schedule(size))
                 if policy is None
                 else Measurement.from_dict(greedy(policy.eval(), env, ratio)["measurement"])
             )
-            for who, m in (("prior", evaluator.evaluate(next(plain))), ("policy", ours)):
+            for who, m in (("prior", plain), ("policy", ours)):
                 row |= {f"{who}_bytes": m.bytes, f"{who}_kl": m.kl, f"{who}_accuracy": m.accuracy}
             rows.append(row)
             shown.update(done, f"{ratio:.1f}x: KL {row['policy_kl']:.3f}")
