@@ -137,7 +137,7 @@ class LearnedLosses(nn.Module):
 
     @torch.no_grad()
     def corrected(self, network: Network, costs: CostModel, estimates: Estimates) -> Losses:
-        """The estimates with the readers refitted, each times its factor to the power of `TRUST`."""
+        """The refitted estimates, each times its factor to the power of `TRUST`."""
         losses = Losses.of(network, estimates, refitted=True)
         of_groups, of_layers = (
             (TRUST * self(torch.from_numpy(x)).double()).exp().numpy()
