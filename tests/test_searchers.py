@@ -16,6 +16,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.learned import LearnedLosses
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
 from rlcompress.core.policy import LEARNED, Policy, PolicyShape, save_policy
+from rlcompress.core.prior import Losses
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
 from rlcompress.rl import transfer, untrained
@@ -172,9 +173,11 @@ def test_probes_are_evaluations_and_it_goes_on_behind_them(problem, name, sensit
     assert all(record.target is not None for record in more)
 
 
-def test_measured_sensitivities_are_worth_their_evaluations(problem):
-    plain = mean_kl(problem, run(problem, "knapsack", 42))
-    assert mean_kl(problem, run(problem, "knapsack", 42, sensitivity="refitted")) < plain
+def test_losses_that_see_the_refit_are_worth_it_estimated_or_measured(problem):
+    losses = Losses.of(problem.network, problem.evaluator.estimates, refitted=False)
+    blind = mean_kl(problem, run(problem.with_losses(losses), "knapsack", 42))
+    assert mean_kl(problem, run(problem, "knapsack", 42)) < blind
+    assert mean_kl(problem, run(problem, "knapsack", 42, sensitivity="refitted")) < blind
 
 
 def test_a_prior_on_other_losses(problem):
@@ -271,9 +274,10 @@ class TestTransfer:
         found = transfer.search(
             problem, settings, [], in_process(problem), ppo=PPOSpec(), folder=tmp_path / "p"
         )
-        records = list(found)
-        knapsack = {r.target: r.schedule for r in run(problem, "knapsack", 24)}
-        assert [r.schedule for r in records] == [knapsack[r.target] for r in records]
+        for record in found:
+            limit = problem.dense.bytes / record.target
+            assert record.schedule == problem.prior.schedule(limit)
+            assert record.measurement.bytes <= limit
 
     def test_few_evaluations_are_zero_shot(self, problem):
         assert lines(run(problem, "transfer", 5)) == lines(run(problem, "transfer", 34)[:5])

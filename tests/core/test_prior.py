@@ -51,6 +51,35 @@ def test_every_possible_size_is_met(prior, share):
     assert prior.costs.cost(schedule).bytes <= max_bytes
 
 
+def loss_of(prior: Prior, schedule: Schedule) -> float:
+    keeps, bits = prior.keeps.tolist(), prior.bits.tolist()
+    pruned = sum(
+        prior.losses.prune_GK[i, keeps.index(schedule.ratio(name))]
+        for i, name in enumerate(prior.network.groups)
+    )
+    return pruned + sum(
+        prior.losses.quantize_LB[i, bits.index(schedule.width(name))]
+        for i, name in enumerate(prior.network.layers)
+    )
+
+
+@given(share=st.floats(0.02, 0.5, allow_subnormal=False))
+@settings(max_examples=8)
+def test_no_single_change_that_fits_would_save_loss(prior, share):
+    max_bytes = prior.smallest_bytes() + share * (prior.bytes_R.max() - prior.smallest_bytes())
+    found = prior.schedule(max_bytes)
+    size, loss = prior.costs.cost(found).bytes, loss_of(prior, found)
+    others = [
+        Schedule({**found.keep, g: float(k)}, found.bits) for g in found.keep for k in prior.keeps
+    ]
+    others += [
+        Schedule(found.keep, {**found.bits, n: int(b)}) for n in found.bits for b in prior.bits
+    ]
+    for other in others:
+        if size < prior.costs.cost(other).bytes <= max_bytes:
+            assert loss_of(prior, other) >= loss - 1e-12
+
+
 def test_more_room_never_costs_more_loss(prior):
     rooms = np.geomspace(prior.smallest_bytes(), prior.bytes_R.max(), 40)
     losses = prior.loss_R[prior.rungs(prior.bytes_R[None], rooms)]
