@@ -7,8 +7,8 @@
 For each network (`benchmarks.networks`) a policy learns on the zoo of experiments.yaml without its
 family (`benchmarks.policies`), once for each seed, and plays: 10 evaluations are zero-shot
 (one episode a size), of 25 the first 24 are and the last refines. The rivals search that network:
-`knapsack` on estimates (10 evaluations, one a size), on refitted sensitivities (100), `local` on
-those (500). All have one problem (images of seed 1), and are judged as in `benchmarks.searchers`:
+`knapsack` on estimates (10 evaluations, one a size), on measured and on refitted sensitivities
+(100), `local` on estimates (25) and on refitted ones (500), `evolution` and `ppo` from scratch (100). All have one problem (images of seed 1), and are judged as in `benchmarks.searchers`:
 `checked` is the share of the rectangle of (log size ratio, accuracy) that the front covers, its
 schedules fitted anew on other images and measured on the validation images held back.
 
@@ -45,8 +45,13 @@ RIVALS = (
     ("knapsack", 10, "estimated"),
     ("knapsack", 100, "refitted"),
     ("local", 25, "estimated"),
+    ("knapsack", 100, "measured"),
+    ("evolution", 100, "estimated"),
+    ("ppo", 100, "estimated"),
     ("local", 500, "refitted"),
 )
+#: Of these the fronts are retrained too, beside the first policy's.
+RETRAINED = (RIVALS[0], RIVALS[1], RIVALS[-1])
 COUNTS = (1, 2, 4, 8)
 #: Columns of `rlcompress.core.learned` that the ablation leaves out together.
 GROUPS = {
@@ -64,7 +69,7 @@ def scores(network: str) -> dict[tuple[str, int, str], float]:
     run = workspace(EXPERIMENTS[network])
     every = read_lines(path_of(network, PROBLEM_SEED))
     found = {}
-    for kind in ("estimated", "refitted"):
+    for kind in ("estimated", "measured", "refitted"):
         rows = [row for row in every if row["key"] == key_of(run, kind)]
         if any(row["kind"] == "done" for row in rows):
             for row in judge(rows, run.experiment.search.target):
@@ -234,7 +239,7 @@ def main() -> None:
             measure(network, PROBLEM_SEED, [name], budget, kind, 0, folder)
         if not options.no_retraining:
             mine = [(names[0], budget, "estimated") for budget in BUDGETS]
-            retrained.measure(network, PROBLEM_SEED, [*mine, *RIVALS])
+            retrained.measure(network, PROBLEM_SEED, [*mine, *RETRAINED])
     fit_seeds = [int(seed) for seed in options.fit_seeds.split(",")]
     summarise(
         seeds,
