@@ -8,10 +8,10 @@ For each network (`benchmarks.networks`) a policy learns on the zoo of experimen
 family (`benchmarks.policies`), once for each seed, and plays: 10 evaluations are zero-shot
 (one episode a size), of 25 the first 24 are and the last refines. The rivals search that network:
 `knapsack` on estimates (10 evaluations, one a size), on measured and on refitted sensitivities
-(100), `local` on estimates (25) and on refitted ones (500), `evolution` and `ppo` from scratch (100). All have one problem (images of seed 1), and are judged as in `benchmarks.searchers`:
+(100), `local` on estimates (25) and on refitted ones (500), `evolution` and `ppo` from scratch
+(100). All have one problem (images of seed 1), and are judged as in `benchmarks.searchers`:
 `checked` is the share of the rectangle of (log size ratio, accuracy) that the front covers, its
 schedules fitted anew on other images and measured on the validation images held back.
-
 `retrained` is the same after training (`benchmarks.retrained`).
 
 zero_shot_vs_estimated_knapsack   checked volume of transfer at 10 / knapsack on estimates - 1
