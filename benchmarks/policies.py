@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlcompress import spec
@@ -32,6 +33,23 @@ def lessons(run: Workspace, without: str = "") -> dict[str, Lessons]:
     """Of the zoo's networks, but those whose names begin with `without`."""
     chosen = {n: m for n, m in members(run).items() if not (without and n.startswith(without))}
     return {name: lessons_of(member, sample(member)) for name, member in chosen.items()}
+
+
+def lessons_by_samples(
+    run: Workspace, counts: Sequence[int]
+) -> tuple[dict[str, Lessons], dict[int, dict[str, Lessons]]]:
+    """Of all the zoo's networks: from all their samples, and from the first so many."""
+    found = {name: (member, sample(member)) for name, member in members(run).items()}
+    return (
+        {name: lessons_of(member, records) for name, (member, records) in found.items()},
+        {
+            count: {
+                name: lessons_of(member, records[:count])
+                for name, (member, records) in found.items()
+            }
+            for count in counts
+        },
+    )
 
 
 def held_out_policy(network: str, seed: int) -> Path:

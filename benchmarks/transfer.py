@@ -22,6 +22,7 @@ slope_with_networks               agreement of learned losses with measured KLs 
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +54,8 @@ RIVALS = (
 #: Of these the fronts are retrained too, beside the first policy's.
 RETRAINED = (RIVALS[0], RIVALS[1], RIVALS[-1])
 COUNTS = (1, 2, 4, 8)
+#: Schedules measured of each network; fewer than the first tell nothing within a size.
+SAMPLES = (5, 10, 20)
 #: Columns of `rlcompress.core.learned` that the ablation leaves out together.
 GROUPS = {
     "nothing": (),
@@ -132,42 +135,71 @@ def print_ablation(rows: list[dict[str, Any]]) -> None:
 
 def scale_curve(seeds: list[int]) -> list[dict[str, Any]]:
     """Agreement on each network of the zoo whose family the losses did not learn on, against how
-    many networks they learned on."""
-    known = policies.lessons(policies.zoo())
-    rows = []
+    many networks they learned on, and against how many schedules of each."""
+    known, fewer = policies.lessons_by_samples(policies.zoo(), SAMPLES)
+    rows: list[dict[str, Any]] = []
+
+    def add(taught: Sequence[Lessons], judged: Sequence[str], **about: Any) -> None:
+        learned = fit(taught, seed=about["seed"])
+        rows.extend(
+            {
+                "kind": "scale",
+                **about,
+                "trained_on": len(taught),
+                "network": name,
+                "agreement": agreement(known[name], learned),
+                "estimated": agreement(known[name], None),
+            }
+            for name in judged
+        )
+
     for seed in seeds:
         for rest, judged in held_out(known):
             order = np.random.default_rng([seed, len(rest)]).permutation(rest)
             for count in (*COUNTS, len(rest)):
-                learned = fit([known[name] for name in order[:count]], seed=seed)
-                rows += [
-                    {
-                        "kind": "scale",
-                        "seed": seed,
-                        "network": name,
-                        "networks": "all" if count == len(rest) else count,
-                        "trained_on": count,
-                        "agreement": agreement(known[name], learned),
-                        "estimated": agreement(known[name], None),
-                    }
-                    for name in judged
-                ]
+                named = "all" if count == len(rest) else count
+                taught = [known[name] for name in order[:count]]
+                add(taught, judged, seed=seed, networks=named, samples="all")
+            for count, lessons in fewer.items():
+                taught = [lessons[name] for name in rest]
+                add(taught, judged, seed=seed, networks="all", samples=count)
     return rows
 
 
 def print_scale(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    print("\nnetworks learned on   agreement on families left out")
+    print("\nlearned on                      agreement on families left out")
     estimated = statistics.mean(row["estimated"] for row in rows)
-    print(f"{'none (estimates)':20}{estimated:8.3f}")
-    for count in (*COUNTS, "all"):
-        mine = [row["agreement"] for row in rows if row["networks"] == count]
-        print(f"{count!s:20}{statistics.mean(mine):8.3f}   (n = {len(mine)})")
+    print(f"{'nothing (estimates)':32}{estimated:8.3f}")
+    steps = [*((n, "all") for n in COUNTS), *(("all", n) for n in SAMPLES), ("all", "all")]
+    for networks, samples in steps:
+        mine = [
+            row["agreement"]
+            for row in rows
+            if (row["networks"], row["samples"]) == (networks, samples)
+        ]
+        text = f"{networks} networks, {samples} schedules"
+        print(f"{text:32}{statistics.mean(mine):8.3f}   (n = {len(mine)})")
     slopes = []
     for seed in sorted({row["seed"] for row in rows}):
-        mine = [row for row in rows if row["seed"] == seed]
+        mine = [row for row in rows if row["seed"] == seed and row["samples"] == "all"]
         doublings = np.log2([row["trained_on"] for row in mine])
         slopes.append(float(np.polyfit(doublings, [row["agreement"] for row in mine], 1)[0]))
     return {"slope_with_networks": results.figure(slopes, "correlation a doubling")}
+
+
+def print_cost() -> None:
+    """What the policies learned on, and when a policy has paid for itself."""
+    evaluations = [
+        len(about["networks"]) * policies.zoo().experiment.zoo.samples
+        for path in sorted((Path("runs") / "transfer").glob("*/policy.json"))
+        for about in [json.loads(path.read_text())]
+    ]
+    if evaluations:
+        mean, saved = statistics.mean(evaluations), RIVALS[1][1] // 2
+        print(
+            f"\na policy learned on {mean:.0f} evaluations; refitted sensitivities take {saved} a"
+        )
+        print(f"network, so where it is as good it has paid after {mean / saved:.0f} networks")
 
 
 def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[str, Any]]) -> None:
@@ -200,6 +232,7 @@ def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[
                     ratio = ours / found[rival] - (1 if figure.endswith("knapsack") else 0)
                     ratios.setdefault(figure, []).append(ratio)
                     ratios.setdefault(f"{figure}_{network}", []).append(ratio)
+    print_cost()
     for name, values in ratios.items():
         figures[name] = results.figure(values, "relative checked volume")
     if scale:
