@@ -69,12 +69,11 @@ def bundle(
     dense = run.network("trained") if model is None else model
     dense = dense.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = fit.images().contiguous(memory_format=torch.channels_last)
-    told, rest = images.tensor_split([e.calibration.estimate_images])
     estimates = estimate(
         dense,
         run.structure,
-        told,
-        fit=rest if 2 * len(rest) >= len(told) else None,
+        images,
+        told=e.calibration.estimate_images,
         positions=positions,
         keeps=e.search.keeps,
         bits=e.search.bits,

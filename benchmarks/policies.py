@@ -36,20 +36,16 @@ def lessons(run: Workspace, without: str = "") -> dict[str, Lessons]:
 
 
 def lessons_by_samples(
-    run: Workspace, counts: Sequence[int]
-) -> tuple[dict[str, Lessons], dict[int, dict[str, Lessons]]]:
-    """Of all the zoo's networks: from all their samples, and from the first so many."""
+    run: Workspace, counts: Sequence[int | None]
+) -> dict[int | None, dict[str, Lessons]]:
+    """Of all the zoo's networks, from the first so many samples of each; None: from all."""
     found = {name: (member, sample(member)) for name, member in members(run).items()}
-    return (
-        {name: lessons_of(member, records) for name, (member, records) in found.items()},
-        {
-            count: {
-                name: lessons_of(member, records[:count])
-                for name, (member, records) in found.items()
-            }
-            for count in counts
-        },
-    )
+    return {
+        count: {
+            name: lessons_of(member, records[:count]) for name, (member, records) in found.items()
+        }
+        for count in counts
+    }
 
 
 def held_out_policy(network: str, seed: int) -> Path:

@@ -39,6 +39,10 @@ def rows_path(network: str) -> Path:
     return Path("runs") / f"retrained-{network}.jsonl"
 
 
+def _key(network: str, seed: int) -> str:
+    return f"{key_of(workspace(EXPERIMENTS[network]), '')} {seed} {STEPS} {BATCH} {RATE:g}"
+
+
 def _fronts(
     network: str, seed: int, arms: Iterable[Arm]
 ) -> tuple[dict[str, Any], dict[Arm, list[Record]]]:
@@ -64,7 +68,7 @@ def measure(network: str, seed: int, arms: Iterable[Arm]) -> None:
     run = workspace(EXPERIMENTS[network])
     torch.set_num_threads(1)
     rows = results.Rows(rows_path(network))
-    key = f"{key_of(run, '')} {seed} {STEPS} {BATCH} {RATE:g}"
+    key = _key(network, seed)
     done = {row["digest"] for row in rows.rows if row["key"] == key}
     _, fronts = _fronts(network, seed, arms)
     wanted = {r.schedule.digest(): r.schedule for records in fronts.values() for r in records}
@@ -87,7 +91,7 @@ def measure(network: str, seed: int, arms: Iterable[Arm]) -> None:
 def volumes(network: str, seed: int, arms: Iterable[Arm]) -> dict[Arm, float]:
     """Share of the rectangle of (log size ratio, accuracy) that each retrained front covers."""
     run = workspace(EXPERIMENTS[network])
-    key = f"{key_of(run, '')} {seed} {STEPS} {BATCH} {RATE:g}"
+    key = _key(network, seed)
     known = {r["digest"]: r["accuracy"] for r in read_lines(rows_path(network)) if r["key"] == key}
     dense, fronts = _fronts(network, seed, arms)
     found = {}

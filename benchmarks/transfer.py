@@ -136,7 +136,8 @@ def print_ablation(rows: list[dict[str, Any]]) -> None:
 def scale_curve(seeds: list[int]) -> list[dict[str, Any]]:
     """Agreement on each network of the zoo whose family the losses did not learn on, against how
     many networks they learned on, and against how many schedules of each."""
-    known, fewer = policies.lessons_by_samples(policies.zoo(), SAMPLES)
+    fewer = policies.lessons_by_samples(policies.zoo(), (None, *SAMPLES))
+    known = fewer.pop(None)
     rows: list[dict[str, Any]] = []
 
     def add(taught: Sequence[Lessons], judged: Sequence[str], **about: Any) -> None:

@@ -1,11 +1,13 @@
-"""What the Fisher estimates share: predictions soft enough to have gradients, labels drawn from
-them, and who reads a group."""
+"""What the Fisher estimates share: predictions soft enough to have gradients, the backward pass of
+labels drawn from them, and who reads a group."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from rlcompress.core.graph import Link, Network
 
@@ -35,7 +37,18 @@ def temperature_of(logits: torch.Tensor) -> float:
     return 2**high
 
 
-def sampled_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def backward(
+    model: nn.Module, images: torch.Tensor, temperature: float, generator: torch.Generator
+) -> None:
+    """Gradients of -log p(y|x), summed over the images, with y drawn from the model's own softened
+    predictions."""
+    logits = model(images) / temperature
+    model.zero_grad(set_to_none=True)
+    labels = _sampled_labels(logits, generator)
+    F.cross_entropy(logits, labels, reduction="sum").backward()
+
+
+def _sampled_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """(N,) classes drawn from the predictions."""
     probabilities = logits.detach().softmax(1).cpu()
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)

@@ -32,11 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.errors import UserError
-from rlcompress.core.fisher import readers_of, sampled_labels, temperature_of
+from rlcompress.core.fisher import backward, readers_of, temperature_of
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
@@ -164,15 +163,6 @@ class _Consumers:
         return a_NCP - a_NCP.mean((0, 2), keepdim=True), g_NCP
 
 
-def _backward(
-    model: nn.Module, chunk: torch.Tensor, temperature: float, generator: torch.Generator
-) -> None:
-    logits = model(chunk) / temperature
-    model.zero_grad(set_to_none=True)
-    labels = sampled_labels(logits, generator)
-    F.cross_entropy(logits, labels, reduction="sum").backward()
-
-
 def _first_pass(
     model: nn.Module,
     network: Network,
@@ -188,7 +178,7 @@ def _first_pass(
     names = sorted({n for pairs in readers.values() for n, _ in pairs})
     with _Consumers(modules, names) as consumers:
         for chunk in images.split(FISHER_BATCH):
-            _backward(model, chunk, temperature, generator)
+            backward(model, chunk, temperature, generator)
             for name in network.layers:
                 gradient = modules[name].weight.grad
                 if gradient is not None:
@@ -219,7 +209,7 @@ def _cut_costs(
     names = sorted({n for pairs in readers.values() for n, _ in pairs})
     with _Consumers(modules, names) as consumers:
         for chunk in images.split(batch):
-            _backward(model, chunk, temperature, generator)
+            backward(model, chunk, temperature, generator)
             for name, masks in kept.items():
                 signals = torch.zeros(len(masks), len(chunk))
                 for reader, link in readers[name]:
@@ -242,19 +232,21 @@ def estimate(
     clip: str = "auto",
     seed: int = 0,
     batch: int = 64,
-    fit: torch.Tensor | None = None,
+    told: int | None = None,
     positions: int = 2048,
 ) -> Estimates:
     """Estimates from unlabelled `images` (N, C, H, W); an evaluation's time or two.
 
     clip       the rule of `quant.choose_clip`
-    fit        (M, C, H, W) images that layers are refitted on, none of `images`; None: the second
-               half of `images`, and the first half tells what is then lost
+    told       how many of `images`, the first ones, are estimated on (None: all). Layers are
+               refitted on the others; where those are less than half as many, on the second half
+               of the first ones, and their first half tells what is then lost
     positions  sampled output positions a layer for the refit
 
     The model is left as it was.
     """
     model = model.eval()
+    images, rest = images.tensor_split([len(images) if told is None else told])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         temperature = temperature_of(torch.cat([model(chunk) for chunk in images.split(batch)]))
@@ -295,16 +287,15 @@ def estimate(
     weights = {name: modules[name].weight for name in network.layers}
     with torch.no_grad(), LayerCalls(weights, handle):  # type: ignore[arg-type]
         model(images[:batch].clone())
-    told = images
-    if fit is None:
+    if 2 * len(rest) < len(images):
         half = max(1, len(images) // 2)
-        told, fit = images[:half], images[-half:]
+        images, rest = images[:half], images[-half:]
     solved = solved_costs(
         model,
         network,
         Choices(tuple(keeps), tuple(bits), kept, clips),
-        fit,
-        told,
+        rest,
+        images,
         temperature=temperature,
         positions=positions,
         seed=seed,

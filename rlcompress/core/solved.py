@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rlcompress.core.calls import Call, LayerCalls, Window
-from rlcompress.core.fisher import readers_of, sampled_labels
+from rlcompress.core.calls import Call, LayerCalls
+from rlcompress.core.fisher import backward, readers_of
 from rlcompress.core.graph import Network, kept_mask
 from rlcompress.core.quant import scale_of
 from rlcompress.core.reading import all_gradients
@@ -208,11 +208,8 @@ class _Solver:
         kept = torch.from_numpy(np.flatnonzero(mask)).to(self.weight.device)
         count = len(self.patch_PGD)
         by_channel = self.patch_PGD.view(count, 1, layer.in_channels, -1)
-        fitted = refit(
-            by_channel[:, :, kept].flatten(2),
-            self.output_PO,
-            self.weight[:, kept],
-        )
+        patch_PGD = by_channel[:, :, kept].flatten(2)
+        fitted = refit(patch_PGD, self.output_PO, self.weight[:, kept])
         whole = torch.zeros_like(self.weight)
         whole[:, kept] = fitted.weight
         return whole
@@ -242,10 +239,7 @@ def _signals(
                 return y
 
             with LayerCalls(weights, handle):  # type: ignore[arg-type]
-                logits = model(batch) / temperature
-            labels = sampled_labels(logits, generator)
-            model.zero_grad(set_to_none=True)
-            F.cross_entropy(logits, labels, reduction="sum").backward()
+                backward(model, batch, temperature, generator)
             with torch.no_grad():
                 for call, gradients in used:
                     for gradient in gradients:
@@ -268,7 +262,9 @@ def _products(call: Call, gradient: torch.Tensor, changes: _Changes, images: int
         step = max(1, UNFOLDED_BYTES // max(1, size * entries)) * entries
     signals = []
     for some_x, some_g in zip(x.split(step), gradient.split(step), strict=True):
-        inputs = some_x if call.window is None else _unfold(some_x, call.window)
+        inputs = some_x
+        if (w := call.window) is not None:
+            inputs = F.unfold(some_x, w.kernel, w.dilation, w.padding, w.stride)
         x_NGDP = inputs.reshape(len(inputs), groups, -1, inputs.shape[-1])
         g_NGoP = some_g.reshape(len(inputs), groups, -1, inputs.shape[-1])
         G_NGoD = g_NGoP @ x_NGDP.transpose(2, 3)
@@ -276,7 +272,3 @@ def _products(call: Call, gradient: torch.Tensor, changes: _Changes, images: int
         signals.append(changes.weights @ G_NGoD.flatten(1).T)
     whole_XN = torch.cat(signals, 1)
     return whole_XN.unflatten(1, (images, -1)).sum(2).cpu().numpy()
-
-
-def _unfold(x: torch.Tensor, window: Window) -> torch.Tensor:
-    return F.unfold(x, window.kernel, window.dilation, window.padding, window.stride)

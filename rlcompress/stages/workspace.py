@@ -249,12 +249,11 @@ class Workspace:
     def estimate(self, dense: nn.Module) -> Estimates:
         e = self.experiment
         images = self.fit.images().contiguous(memory_format=torch.channels_last)
-        told, rest = images.tensor_split([e.calibration.estimate_images])
         return estimate(
             dense.to(memory_format=torch.channels_last),
             self.structure,
-            told,
-            fit=rest if 2 * len(rest) >= len(told) else None,
+            images,
+            told=e.calibration.estimate_images,
             positions=e.calibration.positions,
             keeps=e.search.keeps,
             bits=e.search.bits,
