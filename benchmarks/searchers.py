@@ -38,12 +38,14 @@ from benchmarks import results
 from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, workspace
 from rlcompress.core.files import read_lines, save_bytes
 from rlcompress.core.pareto import archive_front, hypervolume
+from rlcompress.core.policy import PRIOR
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import Task, fitted_network
 from rlcompress.core.train import top1
 from rlcompress.report.figures import front_figure, to_png
 from rlcompress.searchers import Settings, find, in_process
+from rlcompress.stages.policies import player_of
 from rlcompress.stages.workspace import Workspace
 
 SEARCHED = ("uniform", "taylor", "random", "evolution", "knapsack", "local", "untrained", "ppo")
@@ -86,25 +88,25 @@ def records_of(
     """What a searcher measures behind its `history`. `transfer-N` plays the policy of seed N that
     never saw the network's family, `ppo-N` begins with it."""
     base, _, number = name.partition("-")
-    policy = None
+    player = PRIOR
     if number:
         from benchmarks.policies import held_out_policy
 
-        policy = held_out_policy(short(run), int(number))
+        player = player_of(held_out_policy(short(run), int(number)))
     spec = run.experiment.ppo.model_copy(update={"num_env_runners": runners})
     if name == "untrained":
         from rlcompress.rl import untrained
 
-        return untrained.search(problem, settings, history, ppo=spec)
-    if base == "transfer" and policy is not None:
+        return untrained.search(problem, settings, history, ppo=spec, begin=player)
+    if base == "transfer":
         from rlcompress.rl import transfer
 
         measure = in_process(problem)
-        return transfer.search(problem, settings, history, measure, ppo=spec, folder=policy)
+        return transfer.search(problem, settings, history, measure, ppo=spec, player=player)
     if base == "ppo":
         from rlcompress.rl import ppo
 
-        return ppo.search(known, problem, settings, history, ppo=spec, folder=folder, begin=policy)
+        return ppo.search(known, problem, settings, history, ppo=spec, folder=folder, begin=player)
     return find(name)(problem, settings, history, in_process(problem))
 
 

@@ -15,7 +15,7 @@ import torch
 from rlcompress.core.errors import UserError
 from rlcompress.core.learned import LearnedLosses
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
-from rlcompress.core.policy import LEARNED, Policy, PolicyShape, save_policy
+from rlcompress.core.policy import DEFAULT, LEARNED, PRIOR, Policy, PolicyShape, save_policy
 from rlcompress.core.prior import Losses
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
@@ -23,6 +23,7 @@ from rlcompress.rl import transfer, untrained
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers import SEARCHERS, Settings, find, in_process
 from rlcompress.searchers.knapsack import Program
+from rlcompress.stages.policies import player_of
 from tests.toy import enumerate_schedules, toy_bundle
 
 
@@ -62,7 +63,7 @@ def run(
     if name == "transfer":
         measure = in_process(problem)
         found = transfer.search(
-            problem, settings, history, measure, ppo=PPOSpec(), folder=policy_folder()
+            problem, settings, history, measure, ppo=PPOSpec(), player=player_of(policy_folder())
         )
         return list(found)
     return list(find(name)(problem, settings, history, in_process(problem)))
@@ -271,8 +272,9 @@ class TestTransfer:
         (tmp_path / "p" / "policy.json").write_text(json.dumps({**about, "episodes": 0}))
         LearnedLosses().save(tmp_path / "p" / LEARNED)  # untrained: the estimates
         settings = Settings(6, (LOW, HIGH), 0)
+        player = player_of(tmp_path / "p")
         found = transfer.search(
-            problem, settings, [], in_process(problem), ppo=PPOSpec(), folder=tmp_path / "p"
+            problem, settings, [], in_process(problem), ppo=PPOSpec(), player=player
         )
         for record in found:
             limit = problem.dense.bytes / record.target
@@ -282,15 +284,40 @@ class TestTransfer:
     def test_few_evaluations_are_zero_shot(self, problem):
         assert lines(run(problem, "transfer", 5)) == lines(run(problem, "transfer", 34)[:5])
 
-    def test_a_policy_of_another_observation_is_refused(self, problem, tmp_path):
+    def test_losses_of_refitted_layers_are_for_searches_that_refit(self, problem):
+        player = player_of(DEFAULT)
+        other = transfer.prepared(problem, player)
+        assert not np.array_equal(other.prior.losses.prune_GK, problem.prior.losses.prune_GK)
+        plain = problem.with_recovery("bn")
+        assert transfer.prepared(plain, player) is plain
+
+    def test_the_untrained_policy_begins_where_ppo_does(self, problem):
+        """With losses of its own it plays other schedules than on the estimates."""
+        settings, player = Settings(5, (LOW, HIGH), 0), player_of(DEFAULT)
+        with_it, without = (
+            [
+                record.schedule
+                for record in untrained.search(problem, settings, [], ppo=PPOSpec(), begin=begin)
+            ]
+            for begin in (player, PRIOR)
+        )
+        assert (
+            with_it[0]
+            == next(
+                iter(
+                    untrained.search(
+                        transfer.prepared(problem, player), settings, [], ppo=PPOSpec()
+                    )
+                )
+            ).schedule
+        )
+        assert with_it != without
+
+    def test_a_policy_of_another_observation_is_refused(self, tmp_path):
         shutil.copytree(policy_folder(), tmp_path / "p")
         path = tmp_path / "p" / "policy.json"
         about = json.loads(path.read_text())
         about["shape"]["observation_version"] = 1
         path.write_text(json.dumps(about))
-        settings = Settings(4, (LOW, HIGH), 0)
-        searching = transfer.search(
-            problem, settings, [], in_process(problem), ppo=PPOSpec(), folder=tmp_path / "p"
-        )
         with pytest.raises(UserError, match="observation version 1, this environment gives"):
-            next(searching)
+            player_of(tmp_path / "p")

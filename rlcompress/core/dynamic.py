@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -36,8 +36,8 @@ from rlcompress.core.observation import (
     Observer,
     Progress,
 )
-from rlcompress.core.policy import Policy, PolicyShape, load_policy
-from rlcompress.core.prior import Losses, Prior
+from rlcompress.core.policy import DEFAULT, Player, Policy, PolicyShape
+from rlcompress.core.prior import Prior
 from rlcompress.core.schedule import BITS, FULL_PRECISION, KEEPS, Schedule
 from rlcompress.core.signals import Signals
 from rlcompress.core.squeeze import Pace, Squeezed, require_called
@@ -45,6 +45,9 @@ from rlcompress.core.structure import build_network
 
 #: Of the prior's ladder, which is solved anew before every decision.
 RUNGS = 24
+
+
+AnyPolicy: TypeAlias = Player | Policy | Path | str | None
 
 
 class DynamicCompressor:
@@ -60,8 +63,8 @@ class DynamicCompressor:
     model          changed in place: its convolutions and linear layers get a parametrization.
                    The optimizer may be made before or after: the parameters stay the same
     example_input  (N, C, H, W)
-    policy         a `Policy`, the folder it was saved in, or None for the knapsack answer on the
-                   live estimates alone
+    policy         "default", the one that comes with rlcompress; the folder of another; a `Policy`
+                   or `Player`; None for the knapsack answer on the live estimates alone
     target         size ratio: dense bytes / artifact bytes
     pace           when decisions are taken
     keeps, bits    the choices
@@ -75,7 +78,7 @@ class DynamicCompressor:
         model: nn.Module,
         example_input: torch.Tensor,
         *,
-        policy: Policy | Path | str | None = None,
+        policy: AnyPolicy = "default",
         target: float = 20.0,
         pace: Pace | None = None,
         keeps: tuple[float, ...] = KEEPS,
@@ -90,7 +93,7 @@ class DynamicCompressor:
         self.network = network or build_network(model, example_input, round_to=round_to)
         self.layers = list(self.network.layers.values())
         self.costs = CostModel(self.network)
-        self.policy, self.temperature = _policy_of(policy)
+        self.use(policy)
         self.require_reachable(target)
         require_called(model, self.network, example_input)
         self.squeezed = Squeezed(model, self.network)
@@ -209,7 +212,7 @@ class DynamicCompressor:
         layer = self.layers[t]
         self.signals.update_clip(layer.name)
         estimates = self.signals.estimates()
-        losses = Losses.of(self.network, estimates, refitted=True)
+        losses = self.player.losses(self.network, self.costs, estimates)
         prior = Prior(self.network, self.costs, losses, RUNGS)
         self._observer = Observer(prior, estimates, self.temperature)
         if t == 0:
@@ -301,9 +304,10 @@ class DynamicCompressor:
             "bits": self.squeezed.bits(layer),
         }
 
-    def use(self, policy: Policy | Path | str | None) -> None:
-        """Another policy from here on."""
-        self.policy, self.temperature = _policy_of(policy)
+    def use(self, policy: AnyPolicy) -> None:
+        """Another policy from here on. Raises UserError where it is of another kind."""
+        self.player = _player_of(policy)
+        self.policy, self.temperature = self.player.policy, self.player.temperature
 
     def freeze(self) -> None:
         """Leaves the choices as they are: no decision is due any more."""
@@ -370,16 +374,17 @@ class DynamicCompressor:
         self.signals.load_state_dict(state["signals"])
 
 
-def _policy_of(policy: Policy | Path | str | None) -> tuple[Policy | None, float]:
-    """The policy, and the prior's temperature that it was trained at."""
-    if policy is None:
-        return None, 1.0
-    about: Mapping[str, Any] = {}
-    if not isinstance(policy, Policy):
-        policy, about = load_policy(Path(policy), OBSERVATION_VERSION)
-    wanted = PolicyShape(
-        len(ACTION_COLUMNS), len(STATE_COLUMNS), policy.shape.hidden, OBSERVATION_VERSION
-    )
-    if policy.shape != wanted:
-        raise UserError(f"policy: it is of shape {policy.shape}, {wanted} is needed")
-    return policy.eval(), float(about.get("temperature", 1.0))
+def _player_of(policy: AnyPolicy) -> Player:
+    if policy is None or isinstance(policy, Policy):
+        policy = Player(policy and policy.eval())
+    elif not isinstance(policy, Player):
+        folder = DEFAULT if policy == "default" else Path(policy)
+        policy = Player.load(folder, OBSERVATION_VERSION)
+    if policy.policy is not None:
+        mine = policy.policy.shape
+        wanted = PolicyShape(
+            len(ACTION_COLUMNS), len(STATE_COLUMNS), mine.hidden, OBSERVATION_VERSION
+        )
+        if mine != wanted:
+            raise UserError(f"policy: it is of shape {mine}, {wanted} is needed")
+    return policy

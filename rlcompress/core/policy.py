@@ -19,8 +19,13 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
+from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_json
+from rlcompress.core.graph import Network
+from rlcompress.core.learned import LearnedLosses, load_learned
+from rlcompress.core.prior import Losses
+from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.tensors import load_tensors, save_tensors
 
 ILLEGAL = -1e9
@@ -102,3 +107,35 @@ def load_policy(folder: Path, observation_version: int) -> tuple[Policy, dict[st
             f"this environment gives version {observation_version}; train it again"
         )
     return policy.eval(), about
+
+
+@dataclass(frozen=True)
+class Player:
+    """What a folder of a policy holds, as it plays.
+
+    policy       None where PPO never trained it: its prior's answers are its own
+    learned      what corrects the estimates of its prior; None = they stay as they are
+    temperature  of the prior, while PPO trained the policy
+    """
+
+    policy: Policy | None = None
+    learned: LearnedLosses | None = None
+    temperature: float = 1.0
+
+    @classmethod
+    def load(cls, folder: Path, observation_version: int) -> Player:
+        """Raises UserError as `load_policy` and `load_learned` do."""
+        policy, about = load_policy(folder, observation_version)
+        learned = load_learned(folder / LEARNED) if (folder / LEARNED).exists() else None
+        played = policy if about.get("episodes") else None
+        return cls(played, learned, float(about.get("temperature", 1.0)))
+
+    def losses(self, network: Network, costs: CostModel, estimates: Estimates) -> Losses:
+        """What the prior goes by, for layers that are refitted."""
+        if self.learned is None:
+            return Losses.of(network, estimates, refitted=True)
+        return self.learned.corrected(network, costs, estimates)
+
+
+#: The prior on the estimates, and nothing learned.
+PRIOR = Player()

@@ -12,8 +12,7 @@ import ray
 import torch
 from ray.tune.registry import register_env
 
-from rlcompress.core.observation import OBSERVATION_VERSION
-from rlcompress.core.policy import Policy, load_policy
+from rlcompress.core.policy import LEARNED, Policy
 from rlcompress.core.schedule import Record
 from rlcompress.core.training import Training
 from rlcompress.rl.cluster import start_ray
@@ -49,23 +48,23 @@ def train(
     episodes: int,
     seed: int,
     folder: Path,
-    begin: Path | None = None,
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[Record]:
-    """Trains a policy for some episodes and yields the training runs that it played. The policy
-    is saved in `folder` after every iteration.
-
-    begin  folder of the policy to start from, of `Compression-v0` or of here; else the prior
+    """Trains a policy for some episodes and yields the training runs that it played. It starts
+    from `training.player`'s, of `Compression-v0` or of here, if that was trained, and is saved in
+    `folder` after every iteration.
     """
     start_ray(ppo)
     register_env(REGISTERED, make)
+    if training.player.policy is not None:
+        ppo = ppo.model_copy(update={"temperature": training.player.temperature})
     options = {"target": target, **environment_options(ppo)}
     env = gym.make(DYNAMIC_ENVIRONMENT, training=training, **options)
-    shape = policy_shape(env, ppo.hidden)
-    policy = Policy(shape)
-    if begin is not None:
-        policy, _ = load_policy(begin, OBSERVATION_VERSION)
-        shape = policy.shape
+    policy = training.player.policy or Policy(policy_shape(env, ppo.hidden))
+    shape = policy.shape
+    if training.player.learned is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        training.player.learned.save(folder / LEARNED)
     batch = episodes_of(ppo, episodes)
     algorithm_config = config(
         ppo,

@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 from ray.tune.registry import register_env
 
-from rlcompress.core.policy import Policy, load_policy, save_policy
+from rlcompress.core.policy import LEARNED, PRIOR, Player, Policy, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record
 from rlcompress.rl.cluster import share, start_ray
@@ -51,19 +51,21 @@ def search(
     *,
     ppo: PPOSpec,
     folder: Path,
-    begin: Path | None = None,
+    begin: Player = PRIOR,
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[Record]:
     """Trains and yields every measured schedule. Goes on behind `history` with the policy last
     saved in `folder` (`policy.safetensors`), which is written after every iteration
     (of short ones, every second, and after the last).
 
-    begin         folder of the policy to start from, in place of the untrained one
+    begin         whose prior it plays on, and whose policy it starts from, if that was trained: it
+                  then plays at the temperature that this was trained at
     on_iteration  gets a row of the learning curve: evaluation, mean_return, entropy, loss
     """
     problem.require_reachable(settings.target)
-    if begin is not None:
-        problem = prepared(problem, begin)
+    problem = prepared(problem, begin)
+    if begin.policy is not None:
+        ppo = ppo.model_copy(update={"temperature": begin.temperature})
     pool = Pool(bundle, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
     measure = in_process(problem)
     if settings.sensitivity != "estimated" and ppo.num_env_runners:
@@ -87,8 +89,10 @@ def search(
         count += 1
         return record_of(info, settings.seed, count)
 
-    known = folder if resumed else begin
-    policy = load_policy(known, shape.observation_version)[0] if known else Policy(shape)
+    policy = begin.policy or Policy(shape)
+    if resumed:
+        policy = load_policy(folder, shape.observation_version)[0]
+    known = resumed or begin.policy is not None
     shape, guesses = policy.shape, targets(settings, first - len(spent))
     while count < first:
         yield record(greedy(policy, env, guesses[count - len(spent)]))
@@ -123,8 +127,10 @@ def search(
                         yield record(info)
                 if count + batch > end or time.monotonic() - saved >= SAVE_SECONDS:
                     policy = trained(algorithm, shape)
-                    about = {"evaluations": count, "seed": settings.seed}
+                    about = {"episodes": count - first, "seed": settings.seed}
                     save_policy(folder, policy, about | environment_options(ppo))
+                    if begin.learned is not None:
+                        begin.learned.save(folder / LEARNED)
                     saved = time.monotonic()
                 if rows:
                     on_iteration(curve_row(result, rows, "ppo", count))

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 
-from rlcompress.core.learned import load_learned
-from rlcompress.core.observation import OBSERVATION_VERSION
-from rlcompress.core.policy import LEARNED, load_policy
+from rlcompress.core.policy import Player
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy
@@ -35,13 +32,13 @@ from rlcompress.searchers.local import refine
 SIZES = 24
 
 
-def prepared(problem: Problem, folder: Path) -> Problem:
-    """The problem with a prior on the losses that the policy in `folder` has learned, if it has."""
-    if not (folder / LEARNED).exists():
-        return problem
+def prepared(problem: Problem, player: Player) -> Problem:
+    """The problem with a prior on the losses that `player` has learned. They are of layers that
+    are refitted: where the search does not refit, the prior stays as it is."""
     evaluator = problem.evaluator
-    learned = load_learned(folder / LEARNED)
-    losses = learned.corrected(problem.network, evaluator.costs, evaluator.estimates)
+    if evaluator.recovery != "reconstruct":
+        return problem
+    losses = player.losses(problem.network, evaluator.costs, evaluator.estimates)
     return problem.with_losses(losses)
 
 
@@ -52,22 +49,20 @@ def search(
     measure: Measure,
     *,
     ppo: PPOSpec,
-    folder: Path,
+    player: Player,
 ) -> Iterator[Record]:
-    """Plays the policy in `folder` at up to `SIZES` sizes, then refines. Goes on behind
-    `history`. Raises UserError where the policy is damaged or of another observation version."""
+    """`player` plays up to `SIZES` sizes, then they are refined. Goes on behind `history`."""
     problem.require_reachable(settings.target)
-    policy, about = load_policy(folder, OBSERVATION_VERSION)
-    problem = prepared(problem, folder)
+    problem = prepared(problem, player)
     sizes, past = targets(settings, SIZES), list(history)
     zero_shot = [sizes[i] for i in spread_order(SIZES)][: settings.evaluations]
     answers = (problem.prior.schedule(problem.dense.bytes / target) for target in zero_shot)
     proposals: Iterator[Proposal] = zip(answers, zero_shot, strict=True)
-    if about.get("episodes"):
+    if player.policy is not None:
         # The prior's temperature is part of what the policy learned on.
-        options = environment_options(ppo) | {"temperature": about["temperature"]}
+        options = environment_options(ppo) | {"temperature": player.temperature}
         env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **options)
-        played = (greedy(policy, env, target) for target in zero_shot[len(past) :])
+        played = (greedy(player.policy, env, target) for target in zero_shot[len(past) :])
         found: Iterator[Record] = (_record(info, settings, len(past) + 1) for info in played)
     else:
         first = replace(settings, evaluations=len(zero_shot))

@@ -29,6 +29,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from rlcompress.core.files import JsonLines, read_archive
 from rlcompress.core.pareto import best_at_floor, hypervolume
+from rlcompress.core.policy import Player
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record
 from rlcompress.schema import PPOSpec, SpaceSpec, TuneSpec
@@ -77,10 +78,12 @@ def trial(
     *,
     bundle: Bundle,
     known: Mapping[str, Any],
+    player: Player,
     begun: Mapping[str, Mapping[str, bytes]],
 ) -> None:
     """One search in a Tune worker. `known`: ppo (PPOSpec's fields), target, low, floor, seed,
-    evaluations, sensitivity. `begun`: what an earlier call left of a trial, file by file."""
+    evaluations, sensitivity. `player`: of every trial's search. `begun`: what an earlier call left
+    of a trial, file by file."""
     from rlcompress.rl import ppo
 
     torch.set_num_threads(1)
@@ -122,6 +125,7 @@ def trial(
                 list(records),
                 ppo=spec,
                 folder=folder,
+                begin=player,
                 on_iteration=lambda row: report(),
             ):
                 archive.append(record.to_json())
@@ -171,6 +175,7 @@ def run(
     bundle: Bundle,
     spec: TuneSpec,
     known: Mapping[str, Any],
+    player: Player,
     folder: Path,
     on_row: Callable[[Mapping[str, Any], Row], None],
 ) -> list[tuple[dict[str, Any], str]]:
@@ -180,7 +185,9 @@ def run(
     `folder`; records that an earlier call had come again.
     """
     trainable = tune.with_resources(
-        tune.with_parameters(trial, bundle=bundle, known=dict(known), begun=_begun(folder)),
+        tune.with_parameters(
+            trial, bundle=bundle, known=dict(known), player=player, begun=_begun(folder)
+        ),
         tune.PlacementGroupFactory(
             [{"CPU": 1.0}]
             + [{"CPU": 1.0, "GPU": known["ppo"]["num_gpus_per_env_runner"]}] * spec.runners

@@ -8,22 +8,31 @@ from collections.abc import Iterator, Sequence
 import gymnasium as gym
 import numpy as np
 
-from rlcompress.core.policy import Policy
+from rlcompress.core.policy import PRIOR, Player, Policy
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape, sampled
+from rlcompress.rl.transfer import prepared
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers.base import Settings
 
 
 def search(
-    problem: Problem, settings: Settings, history: Sequence[Record], *, ppo: PPOSpec
+    problem: Problem,
+    settings: Settings,
+    history: Sequence[Record],
+    *,
+    ppo: PPOSpec,
+    begin: Player = PRIOR,
 ) -> Iterator[Record]:
     """By turns the policy's best guess at sizes spread over the range, and actions drawn from it at
-    random sizes, as in training. Plays in this process and starts no Ray."""
+    random sizes, as in training. Plays in this process and starts no Ray.
+
+    begin  as `ppo.search` has it"""
     problem.require_reachable(settings.target)
+    problem = prepared(problem, begin)
     env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **environment_options(ppo))
-    policy = Policy(policy_shape(env, ppo.hidden)).eval()
+    policy = (begin.policy or Policy(policy_shape(env, ppo.hidden))).eval()
     low, high = settings.target
     for i in range(len(history), settings.evaluations):
         if i % 2 == 0:

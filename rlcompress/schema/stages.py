@@ -148,10 +148,10 @@ class SearchSpec(Section):
         "with half of the episodes, after batch norms or with readers refitted",
     )
     policy: str = Field(
-        "none",
+        "default",
         min_length=1,
-        description="whom transfer plays and ppo begins with: default (comes with rlcompress), "
-        "none, a run folder, or NAME@ALIAS in MLflow",
+        description="whom transfer plays, ppo and dynamic begin with: default (comes with "
+        "rlcompress), none, a run folder, or NAME@ALIAS in MLflow",
     )
     clip: Annotated[str, made_by(CLIPS)] = Field(
         "auto", description="rule for the clipping range: auto, kl, mse, or package.module:function"

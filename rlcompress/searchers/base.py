@@ -133,7 +133,10 @@ def probed(
     for record in measured(name, spent, history, measure, proposals):
         records.append(record)
         yield record
-    losses = Losses.of(network, estimates, refitted=refitted)
+    # The prior's own where they are of the same kind: a policy may have corrected them.
+    losses = problem.prior.losses
+    if refitted != (own == "reconstruct"):
+        losses = Losses.of(network, estimates, refitted=refitted)
     # What low precision alone costs is nobody's sensitivity.
     noise = problem.evaluator.evaluate(Schedule()).kl
     kls = [max(r.measurement.kl - noise, 0.0) for r in records]

@@ -8,18 +8,20 @@ from typing import Any
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.files import JsonLines, read_json, save_json
+from rlcompress.core.policy import Player
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
 from rlcompress.core.train import logits_of, measure
 from rlcompress.core.training import Images, Trainer, Training
 from rlcompress.live import console, stage
+from rlcompress.stages.policies import digest_of, find_policy, player_of
 from rlcompress.stages.ticket import commit
 from rlcompress.stages.workspace import Workspace
 
 ARM = "closed-loop"
 
 
-def training_of(run: Workspace) -> Training:
+def training_of(run: Workspace, player: Player) -> Training:
     """From the rewind point on. Episodes are measured on the images that score finalists."""
     e, d = run.experiment, run.experiment.dynamic
     return Training(
@@ -38,6 +40,7 @@ def training_of(run: Workspace) -> Training:
         clip=e.search.clip,
         seed=e.seed,
         device=e.device,
+        player=player,
     )
 
 
@@ -46,17 +49,18 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     `dynamic/weights.safetensors` and `dynamic/ticket.json`, its content; found there, they are
     not made again."""
     folder, d = run.folder / "dynamic", run.experiment.dynamic
-    path = folder / "ticket.json"
+    path, begin = folder / "ticket.json", _begin(run)
+    inputs = f"{run.dynamic_inputs()} {digest_of(begin)}"
     if path.exists():
         ticket: dict[str, Any] = read_json(path)
-        if ticket["inputs"] == run.dynamic_inputs():
+        if ticket["inputs"] == inputs:
             return ticket
-    training = training_of(run)
+    training = training_of(run, player_of(begin))
     trainer = Trainer(training)
     compressor = trainer.compressor
     compressor.require_reachable(d.target)
-    run.claim(folder, run.dynamic_inputs())
-    policy = _policy(run, training, folder)
+    run.claim(folder, inputs)
+    policy = _trained(run, training, folder) if d.policy_episodes else begin
     compressor.use(policy)
     trainer.begin(d.target, run.experiment.seed)
     decisions: list[dict[str, Any]] = []
@@ -104,7 +108,7 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
         "ratio": ratio,
         "seed": run.experiment.seed,
         "spec_hash": run.hash,
-        "inputs": run.dynamic_inputs(),
+        "inputs": inputs,
         "split": "test",
         "lineage": {"policy": str(policy or "prior"), "commit": commit()},
     }
@@ -112,15 +116,18 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     return content
 
 
-def _policy(run: Workspace, training: Training, folder: Path) -> Path | None:
-    """The folder of the policy that plays; None for the prior."""
-    e = run.experiment
+def _begin(run: Workspace) -> Path | None:
+    """The folder of the policy that the search of this run has trained, else of `search.policy`;
+    None for the prior."""
     found = run.folder / "search" / "policy"
-    begin = found if (found / "policy.json").exists() else None
-    if not e.dynamic.policy_episodes:
-        return begin
+    return found if (found / "policy.json").exists() else find_policy(run)
+
+
+def _trained(run: Workspace, training: Training, folder: Path) -> Path:
+    """The folder of a policy that has played `dynamic.policy_episodes` training runs."""
     from rlcompress.rl.dynamic import train
 
+    e = run.experiment
     most = e.dynamic.target
     with (
         JsonLines(folder / "archive.jsonl") as archive,
@@ -134,7 +141,6 @@ def _policy(run: Workspace, training: Training, folder: Path) -> Path | None:
             episodes=e.dynamic.policy_episodes,
             seed=e.seed,
             folder=folder / "policy",
-            begin=begin,
             on_iteration=lambda row: curve.append(json.dumps(row)),
         ):
             archive.append(record.to_json())

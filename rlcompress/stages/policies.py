@@ -9,20 +9,27 @@ from pathlib import Path
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_bytes, save_json
 from rlcompress.core.observation import OBSERVATION_VERSION
-from rlcompress.core.policy import DEFAULT, load_policy
+from rlcompress.core.policy import DEFAULT, PRIOR, Player
 from rlcompress.stages.workspace import Workspace
 
 
-def digest_of(folder: Path) -> str:
-    """Twelve hex digits that name what a policy has learned."""
+def digest_of(folder: Path | None) -> str:
+    """Twelve hex digits that name what a policy has learned; `none` of none."""
+    if folder is None:
+        return "none"
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         found.update(path.read_bytes())
     return found.hexdigest()[:12]
 
 
-#: Searchers that play `search.policy`.
-PLAYED = {"ppo", "transfer"}
+def player_of(folder: Path | None) -> Player:
+    """What the folder holds; without one, the prior on the estimates."""
+    return Player.load(folder, OBSERVATION_VERSION) if folder else PRIOR
+
+
+#: Searchers that play `search.policy` or begin with it.
+PLAYED = {"ppo", "transfer", "untrained"}
 
 
 def policy_of(run: Workspace) -> Path | None:
@@ -59,7 +66,7 @@ def find_policy(run: Workspace) -> Path | None:
                 "allowed: default, none, a run folder, or NAME@ALIAS of MLflow's registry"
             )
         folder = found[0]
-    load_policy(folder, OBSERVATION_VERSION)
+    player_of(folder)
     return folder
 
 
@@ -69,7 +76,7 @@ def begin_with(run: Workspace, searcher: str, policy: Path | None) -> None:
     folder = run.folder / "search"
     path, archive = folder / "policies.json", folder / "archive.jsonl"
     known = json.loads(path.read_text()) if path.exists() else {}
-    digest = digest_of(policy) if policy else "none"
+    digest = digest_of(policy)
     if known.get(searcher, "none") != digest and archive.exists():
         lines = archive.read_bytes().splitlines(keepends=True)
         rest = [line for line in lines if json.loads(line)["searcher"] != searcher]

@@ -16,6 +16,7 @@ from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
 from rlcompress.live import console, stage
 from rlcompress.stages.deliver import tracker_of
+from rlcompress.stages.policies import digest_of, find_policy, player_of
 from rlcompress.stages.workspace import Workspace, cores
 
 
@@ -43,11 +44,12 @@ def tune(run: Workspace) -> list[Trial]:
     """Plays what is missing of all trials. Every record is a line of `tune/archive.jsonl` as soon
     as its trial has reported it, `tune/trials.json` says what the trials were."""
     e, folder = run.experiment, run.folder / "tune"
-    marker = folder / "inputs.json"
-    if marker.exists() and read_json(marker)["inputs"] != run.tune_inputs():
+    marker, policy = folder / "inputs.json", find_policy(run)
+    inputs = f"{run.tune_inputs()} {digest_of(policy)}"
+    if marker.exists() and read_json(marker)["inputs"] != inputs:
         run.set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_json(marker, {"inputs": run.tune_inputs()})
+    save_json(marker, {"inputs": inputs})
     run.problem.require_reachable(e.search.target)
     trials = _known(run)
     if (folder / "trials.json").exists():
@@ -100,7 +102,8 @@ def tune(run: Workspace) -> list[Trial]:
                 f"trials {len(trials)}  best {best.hypervolume:.3f} {_said(best.options)}",
             )
 
-        for options, error in engine.run(run.bundle, e.tune, known, folder, on_row):
+        player = player_of(policy)
+        for options, error in engine.run(run.bundle, e.tune, known, player, folder, on_row):
             _trial(trials, options).error = error.strip().splitlines()[-1] if error else ""
     failed = [t for t in trials.values() if t.error]
     if failed:

@@ -17,8 +17,9 @@ from rlcompress.core.artifact import load_artifact
 from rlcompress.core.cost import CostModel
 from rlcompress.core.dynamic import DynamicCompressor
 from rlcompress.core.errors import UserError
+from rlcompress.core.learned import LearnedLosses
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
-from rlcompress.core.policy import Policy, PolicyShape, save_policy
+from rlcompress.core.policy import DEFAULT, LEARNED, Policy, PolicyShape, save_policy
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
 from tests.core.conftest import KEEPS
@@ -36,7 +37,9 @@ class Loop:
         torch.manual_seed(0)
         self.data, self.model = data, toy_network()
         self.compressor = DynamicCompressor(
-            self.model, EXAMPLE, **{"target": 8.0, "pace": PACE, **CHOICES, **options}
+            self.model,
+            EXAMPLE,
+            **{"target": 8.0, "pace": PACE, **CHOICES, **options},
         )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
         self.at = 0
@@ -66,7 +69,7 @@ def digits16():
 
 @pytest.fixture(scope="module")
 def finished(digits16) -> Loop:
-    loop = Loop(digits16)
+    loop = Loop(digits16, policy=None)
     loop.finish()
     return loop
 
@@ -171,13 +174,27 @@ def test_the_state_is_loaded_with_weights_only(digits16, tmp_path):
     assert other.compressor.schedule == loop.compressor.schedule
 
 
-def test_a_policy_that_was_never_trained_is_the_prior(digits16, finished, tmp_path):
+@pytest.mark.parametrize("episodes", [0, 1])
+def test_a_policy_that_has_learned_nothing_is_the_prior(digits16, finished, tmp_path, episodes):
     torch.manual_seed(3)
     shape = PolicyShape(len(ACTION_COLUMNS), len(STATE_COLUMNS), 16, OBSERVATION_VERSION)
-    save_policy(tmp_path, Policy(shape), {"temperature": 1.0})
+    save_policy(tmp_path, Policy(shape), {"temperature": 1.0, "episodes": episodes})
+    LearnedLosses().save(tmp_path / LEARNED)
     loop = Loop(digits16, policy=tmp_path)
     loop.finish()
     assert loop.compressor.schedule == finished.compressor.schedule
+
+
+def test_the_policy_that_comes_along_plays_where_none_is_named(digits16):
+    """Its prior goes by what it has learned of other networks."""
+    seen = {}
+    for name, options in {"none": {"policy": None}, "named": {"policy": DEFAULT}, "": {}}.items():
+        loop = Loop(digits16, **options)
+        loop.train(PACE.warmup - 1)
+        loop.compressor.read(torch.tensor(1.0))
+        seen[name] = loop.compressor.observation()["actions"]
+    assert np.array_equal(seen[""], seen["named"])
+    assert not np.array_equal(seen[""], seen["none"])
 
 
 def test_channels_that_carry_the_label_survive(digits16):

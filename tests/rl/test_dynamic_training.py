@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import gymnasium as gym
 import pytest
 import torch
 
 from rlcompress.core.observation import OBSERVATION_VERSION
-from rlcompress.core.policy import load_policy
+from rlcompress.core.policy import Player, load_policy
 from rlcompress.core.squeeze import Pace
 from rlcompress.core.training import Training
 from rlcompress.schema import PPOSpec
@@ -35,13 +35,12 @@ def test_a_policy_of_compression_v0_goes_on_in_the_dynamic_environment(
     rows: list[dict] = []
     records = list(
         dynamic.train(
-            training.prepared(),
+            replace(training, player=Player.load(first, OBSERVATION_VERSION)).prepared(),
             settings,
             target=(4.0, 8.0),
             episodes=8,
             seed=0,
             folder=second,
-            begin=first,
             on_iteration=rows.append,
         )
     )

@@ -40,7 +40,7 @@ def test_finds_the_optimum_that_enumeration_knows(bundle, problem, tmp_path):
     untrained = quality(records[0].measurement)
     assert trained >= best - 0.01 * abs(best)
     assert trained > untrained
-    assert about["evaluations"] <= 1600
+    assert about["episodes"] <= 1600
     assert [r.evaluation for r in records] == list(range(1, 1601))
 
 
