@@ -10,7 +10,7 @@ from rlcompress.core.learned import Lessons, fit
 from rlcompress.core.policy import LEARNED, save_policy
 from rlcompress.rl.play import environment_options
 from rlcompress.stages.workspace import Workspace
-from rlcompress.stages.zoo import lessons_of, members, new_policy, sample
+from rlcompress.stages.zoo import lessons_of, members, new_policy, play_zoo, sample
 
 #: Network of `benchmarks.networks` -> how the names of its family begin in the zoo.
 FAMILIES = {"vgg19": "vgg", "mobilenetv2": "mobilenet", "resnet18": "resnet"}
@@ -29,10 +29,9 @@ def zoo() -> Workspace:
     return Workspace("zoo", spec.resolve(experiments, "zoo", sets), Path("runs") / "zoo")
 
 
-def lessons(run: Workspace, without: str = "") -> dict[str, Lessons]:
-    """Of the zoo's networks, but those whose names begin with `without`."""
-    chosen = {n: m for n, m in members(run).items() if not (without and n.startswith(without))}
-    return {name: lessons_of(member, sample(member)) for name, member in chosen.items()}
+def lessons(run: Workspace) -> dict[str, Lessons]:
+    """Of the zoo's networks."""
+    return {name: lessons_of(member, sample(member)) for name, member in members(run).items()}
 
 
 def lessons_by_samples(
@@ -48,16 +47,25 @@ def lessons_by_samples(
     }
 
 
-def held_out_policy(network: str, seed: int) -> Path:
-    """The folder of a policy that never saw the network's family, trained if need be."""
+def held_out_policy(network: str, seed: int, episodes: int = 0) -> Path:
+    """The folder of a policy that never saw the network's family, trained if need be; its prior
+    learned on the zoo, the policy itself from so many episodes of PPO over the zoo."""
     family = FAMILIES[network]
-    folder = Path("runs") / "transfer" / f"without-{family}-{seed}"
-    if not (folder / "policy.json").exists():
+    played = f"-ppo{episodes}" if episodes else ""
+    folder = Path("runs") / "transfer" / f"without-{family}-{seed}{played}"
+    if not (folder / "done").exists():
         run = zoo()
-        known = lessons(run, family)
+        chosen = {n: m for n, m in members(run).items() if not n.startswith(family)}
+        sampled = {name: sample(member) for name, member in chosen.items()}
         folder.mkdir(parents=True, exist_ok=True)
-        fit(list(known.values()), seed=seed).save(folder / LEARNED)
+        learned = fit([lessons_of(chosen[n], sampled[n]) for n in chosen], seed=seed)
+        learned.save(folder / LEARNED)
         ppo = run.experiment.ppo
-        about = {"networks": list(known), "seed": seed, **environment_options(ppo)}
-        save_policy(folder, new_policy(ppo.hidden), about)
+        policy = new_policy(ppo.hidden)
+        if episodes:
+            run.experiment = run.experiment.model_copy(update={"seed": seed})
+            policy = play_zoo(run, chosen, sampled, learned, folder, episodes)
+        about = {"networks": list(chosen), "seed": seed, "episodes": episodes}
+        save_policy(folder, policy, {**about, **environment_options(ppo)})
+        (folder / "done").touch()
     return folder

@@ -49,6 +49,8 @@ from rlcompress.stages.policies import player_of
 from rlcompress.stages.workspace import Workspace
 
 SEARCHED = ("uniform", "taylor", "random", "evolution", "knapsack", "local", "untrained", "ppo")
+#: Of PPO over the zoo, for `played-N`.
+EPISODES = 512
 IMAGES = 256
 CHECK_FIT_IMAGES = 1024
 #: Added to the seed that draws the images of the fresh fit.
@@ -86,19 +88,21 @@ def records_of(
     folder: Path,
 ) -> Iterator[Record]:
     """What a searcher measures behind its `history`. `transfer-N` plays the policy of seed N that
-    never saw the network's family, `ppo-N` begins with it."""
+    never saw the network's family, `played-N` the same after `EPISODES` of PPO over the zoo,
+    `ppo-N` begins with the first."""
     base, _, number = name.partition("-")
     player = PRIOR
     if number:
         from benchmarks.policies import held_out_policy
 
-        player = player_of(held_out_policy(short(run), int(number)))
+        episodes = EPISODES if base == "played" else 0
+        player = player_of(held_out_policy(short(run), int(number), episodes))
     spec = run.experiment.ppo.model_copy(update={"num_env_runners": runners})
     if name == "untrained":
         from rlcompress.rl import untrained
 
         return untrained.search(problem, settings, history, ppo=spec, begin=player)
-    if base == "transfer":
+    if base in ("transfer", "played"):
         from rlcompress.rl import transfer
 
         measure = in_process(problem)

@@ -6,7 +6,9 @@
 
 For each network (`benchmarks.networks`) a policy learns on the zoo of experiments.yaml without its
 family (`benchmarks.policies`), once for each seed, and plays: 10 evaluations are zero-shot
-(one episode a size), of 25 the first 24 are and the last refines. The rivals search that network:
+(one episode a size), of 25 the first 24 are and the last refines. `transfer` plays the prior that
+learned from measured schedules, `played` the policy that PPO trained on it over the zoo (512
+episodes). The rivals search that network:
 `knapsack` on estimates (10 evaluations, one a size), on measured and on refitted sensitivities
 (100), `local` on estimates (25) and on refitted ones (500), `evolution` and `ppo` from scratch
 (100). All have one problem (images of seed 1), and are judged as in `benchmarks.searchers`:
@@ -216,7 +218,7 @@ def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[
         found = scores(network)
         after = retrained.volumes(network, PROBLEM_SEED, found)
         for (name, count, kind), value in sorted(found.items()):
-            if name.startswith("transfer") or (name, count, kind) in RIVALS:
+            if name.startswith(("transfer", "played")) or (name, count, kind) in RIVALS:
                 trained = after.get((name, count, kind))
                 text = "" if trained is None else f"{trained:11.3f}"
                 print(f"{network:14}{name:14}{count:12}{kind:>13}{value:9.3f}{text}")
@@ -251,6 +253,7 @@ def main() -> None:
     parser.add_argument("--networks", default=",".join(EXPERIMENTS))
     parser.add_argument("--seeds", default="0,1,2", help="of the policy")
     parser.add_argument("--fit-seeds", default="0,1,2", help="of the scale curve and ablation")
+    parser.add_argument("--played", action="store_true", help="and after PPO over the zoo")
     parser.add_argument("--no-rivals", action="store_true")
     parser.add_argument("--no-retraining", action="store_true")
     parser.add_argument("--no-scale", action="store_true", help="without the scale curve")
@@ -267,6 +270,8 @@ def main() -> None:
             policies.held_out_policy(network, seed)
             print(f"{network}: policy {seed} in {time.monotonic() - begun:.0f} s", flush=True)
             names.append(f"transfer-{seed}")
+        if options.played:
+            names += [f"played-{seed}" for seed in seeds[:1]]
         for budget in BUDGETS:
             measure(network, PROBLEM_SEED, names, budget, "estimated", 0, folder)
         for name, budget, kind in () if options.no_rivals else RIVALS:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -131,7 +132,7 @@ def train_policy(run: Workspace) -> dict[str, Any]:
     learned.save(folder / LEARNED)
     policy = new_policy(e.ppo.hidden)
     if zoo.ppo_episodes:
-        policy = _play_zoo(run, networks, sampled, learned)
+        policy = play_zoo(run, networks, sampled, learned, folder, zoo.ppo_episodes)
     about = {
         "inputs": inputs,
         "networks": list(networks),
@@ -171,12 +172,16 @@ def new_policy(hidden: int) -> Policy:
     return Policy(PolicyShape(len(ACTION_COLUMNS), len(STATE_COLUMNS), hidden, OBSERVATION_VERSION))
 
 
-def _play_zoo(
+def play_zoo(
     run: Workspace,
-    networks: dict[str, Workspace],
-    sampled: dict[str, list[Record]],
+    networks: Mapping[str, Workspace],
+    sampled: Mapping[str, list[Record]],
     learned: LearnedLosses,
+    folder: Path,
+    episodes: int,
 ) -> Policy:
+    """A policy that PPO trains on the prior that goes by `learned`, with the settings of `run`. In
+    `folder` are left the policy, every episode (`episodes.jsonl`) and the learning curve."""
     from rlcompress.rl import zoo
     from rlcompress.rl.config import record_of
 
@@ -194,18 +199,18 @@ def _play_zoo(
         paid = [quality(r.measurement) for r in sampled[name]]
         expected = np.polyval(np.polyfit(sizes, paid, 2), np.log(ratios))
         members.append(Member(name, target, tuple(ratios.tolist()), tuple(expected.tolist())))
-    e, folder = run.experiment, run.folder / "policy"
+    e = run.experiment
     with (
-        JsonLines(folder / "episodes.jsonl") as episodes,
+        JsonLines(folder / "episodes.jsonl") as lines,
         JsonLines(folder / "curve.jsonl") as curve,
-        stage("ppo", e.zoo.ppo_episodes) as shown,
+        stage("ppo", episodes) as shown,
     ):
         played = zoo.train(
             members,
             bundles,
             new_policy(e.ppo.hidden),
             e.ppo,
-            episodes=e.zoo.ppo_episodes,
+            episodes=episodes,
             held=e.zoo.held,
             seed=e.seed,
             folder=folder,
@@ -214,7 +219,7 @@ def _play_zoo(
         for done, info in enumerate(played, start=1):
             row = json.loads(record_of(info, e.seed, done).to_json())
             gained = float(info["return"])
-            episodes.append(json.dumps({"network": info["network"], "return": gained, **row}))
+            lines.append(json.dumps({"network": info["network"], "return": gained, **row}))
             shown.update(done, f"{info['network']}  {gained:+.2f} against its sampled schedules")
     return load_policy(folder, OBSERVATION_VERSION)[0]
 
