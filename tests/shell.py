@@ -50,6 +50,12 @@ def rlcompress(
         )
 
 
+def command(folder: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = rlcompress(folder, *words)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def _command(
     folder: str, words: tuple[str, ...], env: Mapping[str, str], out: str, err: str
 ) -> None:

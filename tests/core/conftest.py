@@ -11,12 +11,14 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from rlcompress.core.artifact import ModelRef
+from rlcompress.core.artifact import ModelRef, pack
 from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Data, Split, digits
 from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.files import save_bytes
+from rlcompress.core.fold import snap
 from rlcompress.core.graph import Network
-from rlcompress.core.prune import kept_channels
+from rlcompress.core.prune import cut, kept_channels
 from rlcompress.core.quant import attach_fake_quant, mse_clip, scale_of
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.sensitivity import Estimates, estimate
@@ -193,3 +195,12 @@ def close():
 def scratch(tmp_path_factory):
     """A file that property tests may write again and again."""
     return tmp_path_factory.mktemp("scratch") / "weights.safetensors"
+
+
+def write(net, path, schedule, seed=0):
+    """Cuts, snaps and writes; returns the network that computes what the file should."""
+    small = cut(net.model, net.network, net.kept(schedule, seed))
+    bits, scales = net.quantized(small, schedule)
+    scales = snap(small, net.network, bits, scales)
+    save_bytes(path, pack(small, net.network, net.ref, bits, scales))
+    return net.fake_quantized(small, bits, scales)
