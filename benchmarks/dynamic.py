@@ -55,11 +55,11 @@ from rlcompress.core.training import Trainer
 from rlcompress.stages.workspace import Workspace
 
 FLOOR = 1.0
-TARGETS = {"vgg19": (20.0, 40.0, 60.0, 80.0), "mobilenetv2": (8.0, 12.0, 16.0, 24.0)}
+TARGETS = {"vgg19": (20.0, 40.0, 60.0, 80.0), "mobilenetv2": (8.0, 12.0, 16.0)}
 #: (keep, bits) of the static and the gradual rule.
 GRID = {
-    "vgg19": ((1.0, 4), (0.85, 4), (0.7, 4), (0.55, 4), (0.55, 3), (0.4, 4), (0.4, 3), (0.3, 4)),
-    "mobilenetv2": ((1.0, 6), (0.85, 6), (0.85, 4), (0.7, 6), (0.7, 4), (0.55, 6)),
+    "vgg19": ((1.0, 4), (0.85, 4), (0.7, 4), (0.55, 4), (0.4, 4), (0.3, 4)),
+    "mobilenetv2": ((1.0, 6), (0.85, 6), (0.85, 4), (0.7, 6), (0.7, 4)),
 }
 #: The size at which drift is looked at.
 DRIFT_TARGET = {"vgg19": 40.0, "mobilenetv2": 12.0}
