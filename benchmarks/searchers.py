@@ -45,7 +45,7 @@ from rlcompress.core.ticket import Task, fitted_network
 from rlcompress.core.train import top1
 from rlcompress.report.figures import front_figure, to_png
 from rlcompress.searchers import Settings, find, in_process
-from rlcompress.stages.policies import player_of
+from rlcompress.stages.policies import agent_of
 from rlcompress.stages.workspace import Workspace
 
 SEARCHED = ("uniform", "taylor", "random", "evolution", "knapsack", "local", "untrained", "ppo")
@@ -91,26 +91,26 @@ def records_of(
     never saw the network's family, `played-N` the same after `EPISODES` of PPO over the zoo,
     `ppo-N` begins with the first."""
     base, _, number = name.partition("-")
-    player = PRIOR
+    agent = PRIOR
     if number:
         from benchmarks.policies import held_out_policy
 
         episodes = EPISODES if base == "played" else 0
-        player = player_of(held_out_policy(short(run), int(number), episodes))
+        agent = agent_of(held_out_policy(short(run), int(number), episodes))
     spec = run.experiment.ppo.model_copy(update={"num_env_runners": runners})
     if name == "untrained":
         from rlcompress.rl import untrained
 
-        return untrained.search(problem, settings, history, ppo=spec, begin=player)
+        return untrained.search(problem, settings, history, ppo=spec, begin=agent)
     if base in ("transfer", "played"):
         from rlcompress.rl import transfer
 
         measure = in_process(problem)
-        return transfer.search(problem, settings, history, measure, ppo=spec, player=player)
+        return transfer.search(problem, settings, history, measure, ppo=spec, agent=agent)
     if base == "ppo":
         from rlcompress.rl import ppo
 
-        return ppo.search(known, problem, settings, history, ppo=spec, folder=folder, begin=player)
+        return ppo.search(known, problem, settings, history, ppo=spec, folder=folder, begin=agent)
     return find(name)(problem, settings, history, in_process(problem))
 
 

@@ -23,7 +23,7 @@ from rlcompress.rl import transfer, untrained
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers import SEARCHERS, Settings, find, in_process
 from rlcompress.searchers.knapsack import Program
-from rlcompress.stages.policies import player_of
+from rlcompress.stages.policies import agent_of
 from tests.toy import enumerate_schedules, toy_bundle
 
 
@@ -63,7 +63,7 @@ def run(
     if name == "transfer":
         measure = in_process(problem)
         found = transfer.search(
-            problem, settings, history, measure, ppo=PPOSpec(), player=player_of(policy_folder())
+            problem, settings, history, measure, ppo=PPOSpec(), agent=agent_of(policy_folder())
         )
         return list(found)
     return list(find(name)(problem, settings, history, in_process(problem)))
@@ -272,9 +272,9 @@ class TestTransfer:
         (tmp_path / "p" / "policy.json").write_text(json.dumps({**about, "episodes": 0}))
         LearnedLosses().save(tmp_path / "p" / LEARNED)  # untrained: the estimates
         settings = Settings(6, (LOW, HIGH), 0)
-        player = player_of(tmp_path / "p")
+        agent = agent_of(tmp_path / "p")
         found = transfer.search(
-            problem, settings, [], in_process(problem), ppo=PPOSpec(), player=player
+            problem, settings, [], in_process(problem), ppo=PPOSpec(), agent=agent
         )
         for record in found:
             limit = problem.dense.bytes / record.target
@@ -285,29 +285,27 @@ class TestTransfer:
         assert lines(run(problem, "transfer", 5)) == lines(run(problem, "transfer", 34)[:5])
 
     def test_losses_of_refitted_layers_are_for_searches_that_refit(self, problem):
-        player = player_of(DEFAULT)
-        other = transfer.prepared(problem, player)
+        agent = agent_of(DEFAULT)
+        other = transfer.prepared(problem, agent)
         assert not np.array_equal(other.prior.losses.prune_GK, problem.prior.losses.prune_GK)
         plain = problem.with_recovery("bn")
-        assert transfer.prepared(plain, player) is plain
+        assert transfer.prepared(plain, agent) is plain
 
     def test_the_untrained_policy_begins_where_ppo_does(self, problem):
         """With losses of its own it plays other schedules than on the estimates."""
-        settings, player = Settings(5, (LOW, HIGH), 0), player_of(DEFAULT)
+        settings, agent = Settings(5, (LOW, HIGH), 0), agent_of(DEFAULT)
         with_it, without = (
             [
                 record.schedule
                 for record in untrained.search(problem, settings, [], ppo=PPOSpec(), begin=begin)
             ]
-            for begin in (player, PRIOR)
+            for begin in (agent, PRIOR)
         )
         assert (
             with_it[0]
             == next(
                 iter(
-                    untrained.search(
-                        transfer.prepared(problem, player), settings, [], ppo=PPOSpec()
-                    )
+                    untrained.search(transfer.prepared(problem, agent), settings, [], ppo=PPOSpec())
                 )
             ).schedule
         )
@@ -320,4 +318,4 @@ class TestTransfer:
         about["shape"]["observation_version"] = 1
         path.write_text(json.dumps(about))
         with pytest.raises(UserError, match="observation version 1, this environment gives"):
-            player_of(tmp_path / "p")
+            agent_of(tmp_path / "p")

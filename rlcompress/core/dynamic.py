@@ -36,7 +36,7 @@ from rlcompress.core.observation import (
     Observer,
     Progress,
 )
-from rlcompress.core.policy import DEFAULT, Player, Policy, PolicyShape
+from rlcompress.core.policy import DEFAULT, Agent, Policy, PolicyShape
 from rlcompress.core.prior import Prior
 from rlcompress.core.schedule import BITS, FULL_PRECISION, KEEPS, Schedule
 from rlcompress.core.signals import Signals
@@ -47,7 +47,7 @@ from rlcompress.core.structure import build_network
 RUNGS = 24
 
 
-AnyPolicy: TypeAlias = Player | Policy | Path | str | None
+AnyPolicy: TypeAlias = Agent | Policy | Path | str | None
 
 
 class DynamicCompressor:
@@ -64,7 +64,7 @@ class DynamicCompressor:
                    The optimizer may be made before or after: the parameters stay the same
     example_input  (N, C, H, W)
     policy         "default", the one that comes with rlcompress; the folder of another; a `Policy`
-                   or `Player`; None for the knapsack answer on the live estimates alone
+                   or `Agent`; None for the knapsack answer on the live estimates alone
     target         size ratio: dense bytes / artifact bytes
     pace           when decisions are taken
     keeps, bits    the choices
@@ -212,7 +212,7 @@ class DynamicCompressor:
         layer = self.layers[t]
         self.signals.update_clip(layer.name)
         estimates = self.signals.estimates()
-        losses = self.player.losses(self.network, self.costs, estimates)
+        losses = self.agent.losses(self.network, self.costs, estimates)
         prior = Prior(self.network, self.costs, losses, RUNGS)
         self._observer = Observer(prior, estimates, self.temperature)
         if t == 0:
@@ -306,8 +306,8 @@ class DynamicCompressor:
 
     def use(self, policy: AnyPolicy) -> None:
         """Another policy from here on. Raises UserError where it is of another kind."""
-        self.player = _player_of(policy)
-        self.policy, self.temperature = self.player.policy, self.player.temperature
+        self.agent = _agent_of(policy)
+        self.policy, self.temperature = self.agent.policy, self.agent.temperature
 
     def freeze(self) -> None:
         """Leaves the choices as they are: no decision is due any more."""
@@ -374,12 +374,12 @@ class DynamicCompressor:
         self.signals.load_state_dict(state["signals"])
 
 
-def _player_of(policy: AnyPolicy) -> Player:
+def _agent_of(policy: AnyPolicy) -> Agent:
     if policy is None or isinstance(policy, Policy):
-        policy = Player(policy and policy.eval())
-    elif not isinstance(policy, Player):
+        policy = Agent(policy and policy.eval())
+    elif not isinstance(policy, Agent):
         folder = DEFAULT if policy == "default" else Path(policy)
-        policy = Player.load(folder, OBSERVATION_VERSION)
+        policy = Agent.load(folder, OBSERVATION_VERSION)
     if policy.policy is not None:
         mine = policy.policy.shape
         wanted = PolicyShape(

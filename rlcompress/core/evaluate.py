@@ -54,15 +54,16 @@ STATISTICS_ROWS = 16384
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it faster than float32: AMX, or CUDA from
-    Ampere on. Raises ValueError on what is not one of `PRECISIONS`."""
+    """`auto` is bfloat16 where the hardware multiplies it faster than float32: AMX, AVX-512 BF16,
+    or CUDA from Ampere on. Raises ValueError on what is not one of `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}")
     if precision == "auto":
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+            cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+            fast = device.type == "cpu" and cpu
         precision = "bfloat16" if fast else "float32"
     return getattr(torch, precision)
 

@@ -110,7 +110,7 @@ def load_policy(folder: Path, observation_version: int) -> tuple[Policy, dict[st
 
 
 @dataclass(frozen=True)
-class Player:
+class Agent:
     """What a folder of a policy holds, as it plays.
 
     policy       None where PPO never trained it: its prior's answers are its own
@@ -123,7 +123,7 @@ class Player:
     temperature: float = 1.0
 
     @classmethod
-    def load(cls, folder: Path, observation_version: int) -> Player:
+    def load(cls, folder: Path, observation_version: int) -> Agent:
         """Raises UserError as `load_policy` and `load_learned` do."""
         policy, about = load_policy(folder, observation_version)
         learned = load_learned(folder / LEARNED) if (folder / LEARNED).exists() else None
@@ -138,4 +138,4 @@ class Player:
 
 
 #: The prior on the estimates, and nothing learned.
-PRIOR = Player()
+PRIOR = Agent()

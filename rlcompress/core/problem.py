@@ -19,6 +19,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.graph import Network
 from rlcompress.core.prior import Losses, Prior
+from rlcompress.core.process import settle_process
 from rlcompress.core.schedule import Measurement
 from rlcompress.core.sensitivity import Estimates
 
@@ -70,7 +71,7 @@ class Bundle:
 
     def problem(self) -> Problem:
         """Builds evaluator and prior. The arrays may be read-only and shared: they are copied."""
-        torch.set_flush_denormal(True)
+        settle_process()
         model = self.model()
         device = pick_device(self.device)
         model = model.to(device, memory_format=torch.channels_last)

@@ -26,7 +26,7 @@ from rlcompress.core.data import Split
 from rlcompress.core.dynamic import DynamicCompressor
 from rlcompress.core.graph import Network
 from rlcompress.core.measure import compare
-from rlcompress.core.policy import PRIOR, Player
+from rlcompress.core.policy import PRIOR, Agent
 from rlcompress.core.problem import pick_device
 from rlcompress.core.schedule import BITS, KEEPS, Measurement, Schedule
 from rlcompress.core.squeeze import Pace
@@ -64,7 +64,7 @@ class Training:
                  `validation` should be of its kind
     final_steps  minibatches behind the last decision's recovery
     lr           peak of one cycle over all steps (SGD, Nesterov momentum 0.9)
-    player       whose prior episodes are played on; its policy is for who plays without another
+    agent       whose prior episodes are played on; its policy is for who plays without another
     """
 
     ref: ModelRef
@@ -84,7 +84,7 @@ class Training:
     device: str = "auto"
     later: Images | None = None
     drift_at: float = 0.5
-    player: Player = PRIOR
+    agent: Agent = PRIOR
     dense_logits: np.ndarray | None = None  # of the uncompressed training; see `prepared`
 
     def prepared(self) -> Training:
@@ -117,7 +117,7 @@ class Trainer:
         self.compressor = DynamicCompressor(
             self.model,
             training.ref.example(),
-            policy=training.player,
+            policy=training.agent,
             target=1.0,
             pace=training.pace,
             keeps=training.keeps,

@@ -9,6 +9,7 @@ import ray
 import torch
 
 from rlcompress.core.errors import UserError
+from rlcompress.core.process import settle_process
 from rlcompress.core.ticket import Lesson, Player, Task
 from rlcompress.core.train import Checkpoint
 
@@ -16,7 +17,7 @@ from rlcompress.core.train import Checkpoint
 @ray.remote(num_returns="streaming", max_retries=3)
 def _train(lesson: Lesson, task: Task, resume: Checkpoint | None) -> Iterator[Checkpoint]:
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    settle_process()
     yield from task.train(lesson, resume)
 
 

@@ -51,20 +51,20 @@ def train(
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[Record]:
     """Trains a policy for some episodes and yields the training runs that it played. It starts
-    from `training.player`'s, of `Compression-v0` or of here, if that was trained, and is saved in
+    from `training.agent`'s, of `Compression-v0` or of here, if that was trained, and is saved in
     `folder` after every iteration.
     """
     start_ray(ppo)
     register_env(REGISTERED, make)
-    if training.player.policy is not None:
-        ppo = ppo.model_copy(update={"temperature": training.player.temperature})
+    if training.agent.policy is not None:
+        ppo = ppo.model_copy(update={"temperature": training.agent.temperature})
     options = {"target": target, **environment_options(ppo)}
     env = gym.make(DYNAMIC_ENVIRONMENT, training=training, **options)
-    policy = training.player.policy or Policy(policy_shape(env, ppo.hidden))
+    policy = training.agent.policy or Policy(policy_shape(env, ppo.hidden))
     shape = policy.shape
-    if training.player.learned is not None:
+    if training.agent.learned is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        training.player.learned.save(folder / LEARNED)
+        training.agent.learned.save(folder / LEARNED)
     batch = episodes_of(ppo, episodes)
     algorithm_config = config(
         ppo,

@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 from ray.tune.registry import register_env
 
-from rlcompress.core.policy import LEARNED, PRIOR, Player, Policy, load_policy, save_policy
+from rlcompress.core.policy import LEARNED, PRIOR, Agent, Policy, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record
 from rlcompress.rl.cluster import share, start_ray
@@ -51,7 +51,7 @@ def search(
     *,
     ppo: PPOSpec,
     folder: Path,
-    begin: Player = PRIOR,
+    begin: Agent = PRIOR,
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[Record]:
     """Trains and yields every measured schedule. Goes on behind `history` with the policy last

@@ -13,7 +13,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from rlcompress.core.policy import Player
+from rlcompress.core.policy import Agent
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy
@@ -32,13 +32,13 @@ from rlcompress.searchers.local import refine
 SIZES = 24
 
 
-def prepared(problem: Problem, player: Player) -> Problem:
-    """The problem with a prior on the losses that `player` has learned. They are of layers that
+def prepared(problem: Problem, agent: Agent) -> Problem:
+    """The problem with a prior on the losses that `agent` has learned. They are of layers that
     are refitted: where the search does not refit, the prior stays as it is."""
     evaluator = problem.evaluator
     if evaluator.recovery != "reconstruct":
         return problem
-    losses = player.losses(problem.network, evaluator.costs, evaluator.estimates)
+    losses = agent.losses(problem.network, evaluator.costs, evaluator.estimates)
     return problem.with_losses(losses)
 
 
@@ -49,20 +49,20 @@ def search(
     measure: Measure,
     *,
     ppo: PPOSpec,
-    player: Player,
+    agent: Agent,
 ) -> Iterator[Record]:
-    """`player` plays up to `SIZES` sizes, then they are refined. Goes on behind `history`."""
+    """`agent` plays up to `SIZES` sizes, then they are refined. Goes on behind `history`."""
     problem.require_reachable(settings.target)
-    problem = prepared(problem, player)
+    problem = prepared(problem, agent)
     sizes, past = targets(settings, SIZES), list(history)
     zero_shot = [sizes[i] for i in spread_order(SIZES)][: settings.evaluations]
     answers = (problem.prior.schedule(problem.dense.bytes / target) for target in zero_shot)
     proposals: Iterator[Proposal] = zip(answers, zero_shot, strict=True)
-    if player.policy is not None:
+    if agent.policy is not None:
         # The prior's temperature is part of what the policy learned on.
-        options = environment_options(ppo) | {"temperature": player.temperature}
+        options = environment_options(ppo) | {"temperature": agent.temperature}
         env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **options)
-        played = (greedy(player.policy, env, target) for target in zero_shot[len(past) :])
+        played = (greedy(agent.policy, env, target) for target in zero_shot[len(past) :])
         found: Iterator[Record] = (_record(info, settings, len(past) + 1) for info in played)
     else:
         first = replace(settings, evaluations=len(zero_shot))

@@ -29,7 +29,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from rlcompress.core.files import JsonLines, read_archive
 from rlcompress.core.pareto import best_at_floor, hypervolume
-from rlcompress.core.policy import Player
+from rlcompress.core.policy import Agent
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record
 from rlcompress.schema import PPOSpec, SpaceSpec, TuneSpec
@@ -78,11 +78,11 @@ def trial(
     *,
     bundle: Bundle,
     known: Mapping[str, Any],
-    player: Player,
+    agent: Agent,
     begun: Mapping[str, Mapping[str, bytes]],
 ) -> None:
     """One search in a Tune worker. `known`: ppo (PPOSpec's fields), target, low, floor, seed,
-    evaluations, sensitivity. `player`: of every trial's search. `begun`: what an earlier call left
+    evaluations, sensitivity. `agent`: of every trial's search. `begun`: what an earlier call left
     of a trial, file by file."""
     from rlcompress.rl import ppo
 
@@ -125,7 +125,7 @@ def trial(
                 list(records),
                 ppo=spec,
                 folder=folder,
-                begin=player,
+                begin=agent,
                 on_iteration=lambda row: report(),
             ):
                 archive.append(record.to_json())
@@ -175,7 +175,7 @@ def run(
     bundle: Bundle,
     spec: TuneSpec,
     known: Mapping[str, Any],
-    player: Player,
+    agent: Agent,
     folder: Path,
     on_row: Callable[[Mapping[str, Any], Row], None],
 ) -> list[tuple[dict[str, Any], str]]:
@@ -186,7 +186,7 @@ def run(
     """
     trainable = tune.with_resources(
         tune.with_parameters(
-            trial, bundle=bundle, known=dict(known), player=player, begun=_begun(folder)
+            trial, bundle=bundle, known=dict(known), agent=agent, begun=_begun(folder)
         ),
         tune.PlacementGroupFactory(
             [{"CPU": 1.0}]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import gymnasium as gym
 import numpy as np
 
-from rlcompress.core.policy import PRIOR, Player, Policy
+from rlcompress.core.policy import PRIOR, Agent, Policy
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape, sampled
@@ -23,7 +23,7 @@ def search(
     history: Sequence[Record],
     *,
     ppo: PPOSpec,
-    begin: Player = PRIOR,
+    begin: Agent = PRIOR,
 ) -> Iterator[Record]:
     """By turns the policy's best guess at sizes spread over the range, and actions drawn from it at
     random sizes, as in training. Plays in this process and starts no Ray.

@@ -8,20 +8,20 @@ from typing import Any
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.files import JsonLines, read_json, save_json
-from rlcompress.core.policy import Player
+from rlcompress.core.policy import Agent
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
 from rlcompress.core.train import logits_of, measure
 from rlcompress.core.training import Images, Trainer, Training
 from rlcompress.live import console, stage
-from rlcompress.stages.policies import digest_of, find_policy, player_of
+from rlcompress.stages.policies import agent_of, digest_of, find_policy
 from rlcompress.stages.ticket import commit
 from rlcompress.stages.workspace import Workspace
 
 ARM = "closed-loop"
 
 
-def training_of(run: Workspace, player: Player) -> Training:
+def training_of(run: Workspace, agent: Agent) -> Training:
     """From the rewind point on. Episodes are measured on the images that score finalists."""
     e, d = run.experiment, run.experiment.dynamic
     return Training(
@@ -40,7 +40,7 @@ def training_of(run: Workspace, player: Player) -> Training:
         clip=e.search.clip,
         seed=e.seed,
         device=e.device,
-        player=player,
+        agent=agent,
     )
 
 
@@ -55,7 +55,7 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
         ticket: dict[str, Any] = read_json(path)
         if ticket["inputs"] == inputs:
             return ticket
-    training = training_of(run, player_of(begin))
+    training = training_of(run, agent_of(begin))
     trainer = Trainer(training)
     compressor = trainer.compressor
     compressor.require_reachable(d.target)

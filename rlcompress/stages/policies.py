@@ -9,7 +9,7 @@ from pathlib import Path
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_bytes, save_json
 from rlcompress.core.observation import OBSERVATION_VERSION
-from rlcompress.core.policy import DEFAULT, PRIOR, Player
+from rlcompress.core.policy import DEFAULT, PRIOR, Agent
 from rlcompress.stages.workspace import Workspace
 
 
@@ -23,9 +23,9 @@ def digest_of(folder: Path | None) -> str:
     return found.hexdigest()[:12]
 
 
-def player_of(folder: Path | None) -> Player:
+def agent_of(folder: Path | None) -> Agent:
     """What the folder holds; without one, the prior on the estimates."""
-    return Player.load(folder, OBSERVATION_VERSION) if folder else PRIOR
+    return Agent.load(folder, OBSERVATION_VERSION) if folder else PRIOR
 
 
 #: Searchers that play `search.policy` or begin with it.
@@ -66,7 +66,7 @@ def find_policy(run: Workspace) -> Path | None:
                 "allowed: default, none, a run folder, or NAME@ALIAS of MLflow's registry"
             )
         folder = found[0]
-    player_of(folder)
+    agent_of(folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from rlcompress.core.schedule import Measurement, Record
 from rlcompress.live import Stage, console, stage
 from rlcompress.searchers import Settings
 from rlcompress.stages.describe import notes
-from rlcompress.stages.policies import PLAYED, begin_with, player_of, policy_of
+from rlcompress.stages.policies import PLAYED, agent_of, begin_with, policy_of
 from rlcompress.stages.workspace import Workspace
 
 #: Between two times that the disk is asked for the archive, while records come faster.
@@ -171,7 +171,7 @@ def _records(
     if name == "untrained":
         from rlcompress.rl import untrained
 
-        return untrained.search(run.problem, settings, history, ppo=e, begin=player_of(policy))
+        return untrained.search(run.problem, settings, history, ppo=e, begin=agent_of(policy))
     if name != "ppo":
         measure = searchers.in_process(run.problem)
         if run.has_workers():
@@ -182,8 +182,8 @@ def _records(
         if name == "transfer":
             from rlcompress.rl import transfer
 
-            player = player_of(policy)
-            return transfer.search(run.problem, settings, history, measure, ppo=e, player=player)
+            agent = agent_of(policy)
+            return transfer.search(run.problem, settings, history, measure, ppo=e, agent=agent)
         return searchers.find(name)(run.problem, settings, history, measure)
     from rlcompress.rl import ppo
 
@@ -198,7 +198,7 @@ def _records(
         history,
         ppo=e,
         folder=run.folder / "search" / "policy",
-        begin=player_of(policy),
+        begin=agent_of(policy),
         on_iteration=iteration,
     )
 

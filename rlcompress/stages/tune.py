@@ -16,7 +16,7 @@ from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Record
 from rlcompress.live import console, stage
 from rlcompress.stages.deliver import tracker_of
-from rlcompress.stages.policies import digest_of, find_policy, player_of
+from rlcompress.stages.policies import agent_of, digest_of, find_policy
 from rlcompress.stages.workspace import Workspace, cores
 
 
@@ -102,8 +102,8 @@ def tune(run: Workspace) -> list[Trial]:
                 f"trials {len(trials)}  best {best.hypervolume:.3f} {_said(best.options)}",
             )
 
-        player = player_of(policy)
-        for options, error in engine.run(run.bundle, e.tune, known, player, folder, on_row):
+        agent = agent_of(policy)
+        for options, error in engine.run(run.bundle, e.tune, known, agent, folder, on_row):
             _trial(trials, options).error = error.strip().splitlines()[-1] if error else ""
     failed = [t for t in trials.values() if t.error]
     if failed:

@@ -25,6 +25,7 @@ from rlcompress.core.files import read_archive, read_json, save_json
 from rlcompress.core.graph import Network
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.problem import Bundle, Problem, make_bundle, pick_device
+from rlcompress.core.process import settle_process
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.sensitivity import Estimates, estimate
 from rlcompress.core.structure import build_network, require_logits
@@ -71,7 +72,7 @@ class Workspace:
         self.name, self.experiment, self.folder = name, experiment, folder
         self.words = words
         self.hash = spec_hash(experiment)
-        torch.set_flush_denormal(True)
+        settle_process()
         torch.set_num_threads(experiment.threads or default_threads())
         self.device = pick_device(experiment.device)
 

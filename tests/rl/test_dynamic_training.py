@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlcompress.core.observation import OBSERVATION_VERSION
-from rlcompress.core.policy import Player, load_policy
+from rlcompress.core.policy import Agent, load_policy
 from rlcompress.core.squeeze import Pace
 from rlcompress.core.training import Training
 from rlcompress.schema import PPOSpec
@@ -35,7 +35,7 @@ def test_a_policy_of_compression_v0_goes_on_in_the_dynamic_environment(
     rows: list[dict] = []
     records = list(
         dynamic.train(
-            replace(training, player=Player.load(first, OBSERVATION_VERSION)).prepared(),
+            replace(training, agent=Agent.load(first, OBSERVATION_VERSION)).prepared(),
             settings,
             target=(4.0, 8.0),
             episodes=8,
