@@ -13,6 +13,7 @@ import torch
 from ray.tune.registry import register_env
 
 from rlcompress.core.policy import LEARNED, Policy
+from rlcompress.core.process import settle_process
 from rlcompress.core.schedule import Record
 from rlcompress.core.training import Training
 from rlcompress.rl.cluster import start_ray
@@ -29,6 +30,7 @@ def make(context: Mapping[str, Any]) -> gym.vector.VectorEnv[Any, Any, Any]:
     `context` is RLlib's `env_config`: `training`, an object reference; `threads`; `options`, the
     other arguments of the environment; `num_envs`."""
     torch.set_num_threads(context["threads"])
+    settle_process()
     training = ray.get(context["training"])
 
     def one() -> gym.Env[Any, Any]:
