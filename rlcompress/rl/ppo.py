@@ -128,9 +128,10 @@ def search(
                 if count + batch > end or time.monotonic() - saved >= SAVE_SECONDS:
                     policy = trained(algorithm, shape)
                     about = {"episodes": count - first, "seed": settings.seed}
-                    save_policy(folder, policy, about | environment_options(ppo))
                     if begin.learned is not None:
+                        folder.mkdir(parents=True, exist_ok=True)
                         begin.learned.save(folder / LEARNED)
+                    save_policy(folder, policy, about | environment_options(ppo))
                     saved = time.monotonic()
                 if rows:
                     on_iteration(curve_row(result, rows, "ppo", count))
