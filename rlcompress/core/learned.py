@@ -48,9 +48,6 @@ COLUMNS = (
 VERSION = 2
 #: Largest logarithm of a factor, either way.
 MOST = 3.0
-#: Share of a learned logarithm that a correction uses. Who looks for the least sum finds where the
-#: factors err: all of it made schedules of VGG-19 and ResNet-18 worse, half of it none.
-TRUST = 0.5
 #: Measured KLs below it are noise; what is added to a sum of losses for the same reason.
 KL_FLOOR, LOSS_FLOOR = 1e-4, 1e-5
 _FLOOR = 1e-9
@@ -137,10 +134,10 @@ class LearnedLosses(nn.Module):
 
     @torch.no_grad()
     def corrected(self, network: Network, costs: CostModel, estimates: Estimates) -> Losses:
-        """The refitted estimates, each times its factor to the power of `TRUST`."""
+        """The refitted estimates, each times its factor."""
         losses = Losses.of(network, estimates, refitted=True)
         of_groups, of_layers = (
-            (TRUST * self(torch.from_numpy(x)).double()).exp().numpy()
+            self(torch.from_numpy(x)).double().exp().numpy()
             for x in columns_of(network, costs, estimates)
         )
         return replace(
