@@ -112,7 +112,10 @@ class Evaluator(ABC):
         self._order = {
             name: np.argsort(-estimates.importance[name], kind="stable") for name in network.groups
         }
-        self._batch = torch.cat([fit, score]).contiguous(memory_format=torch.channels_last)
+        images = torch.cat([fit, score])
+        # Not `contiguous`: it leaves the strides of one channel as they are, and convolutions of
+        # such images answer in the other format.
+        self._batch = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
         self._positions_wanted = positions
         self._generator = torch.Generator().manual_seed(seed)
         self._targets: dict[str, tuple[Positions, torch.Tensor]] = {}
