@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -91,12 +93,17 @@ def test_an_impossible_size_gets_the_smallest(prior):
 
 
 def test_estimates_beat_the_same_choice_everywhere(trained, estimates, make_evaluator, uniform):
-    """The prior's schedule, at the size of a uniform one, is closer to the dense network."""
+    """The prior's schedules, at the sizes of uniform ones, are closer to the dense network."""
     evaluator = make_evaluator()
     losses = Losses.of(trained.network, estimates, refitted=True)
     prior = Prior(trained.network, evaluator.costs, losses)
-    plain = evaluator.evaluate(uniform(0.4, 3))
-    assert evaluator.evaluate(prior.schedule(plain.bytes)).kl < plain.kl
+    decades = []
+    for keep, bits in itertools.product((0.8, 0.6, 0.4), (3, 4, 6)):
+        plain = evaluator.evaluate(uniform(keep, bits))
+        found = evaluator.evaluate(prior.schedule(plain.bytes))
+        assert found.bytes <= plain.bytes
+        decades.append(np.log10(found.kl / plain.kl))
+    assert np.mean(decades) < -0.1
 
 
 def test_losses_never_fall_when_more_is_cut(prior):
