@@ -194,8 +194,8 @@ def print_cost() -> None:
     """What the policies learned on, and when a policy has paid for itself."""
     evaluations = [
         len(about["networks"]) * policies.zoo().experiment.zoo.samples
-        for path in sorted((Path("runs") / "transfer").glob("*/policy.json"))
-        for about in [json.loads(path.read_text())]
+        for path in sorted((Path("runs") / "transfer").glob("*/done"))  # not those in training
+        for about in [json.loads(path.with_name("policy.json").read_text())]
     ]
     if evaluations:
         mean, saved = statistics.mean(evaluations), RIVALS[1][1] // 2
