@@ -31,6 +31,7 @@ from rlcompress.core.fitted import network_of
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.measure import compare
 from rlcompress.core.prefix import FittedLayer, Prefix, Step
+from rlcompress.core.process import products_like
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import attach_fake_quant, fake_quantize, scale_of, unexplained
 from rlcompress.core.reconstruct import (
@@ -249,18 +250,20 @@ class Evaluator(ABC):
         assert isinstance(module, LayerModule)
         in_mask = kept_mask(layer.inputs, layer.in_channels, kept)
         out_mask = kept_mask(layer.outputs, layer.out_channels, kept)
-        out = torch.from_numpy(np.flatnonzero(out_mask))
         weight, bias = module.weight.detach(), module.bias
+        device = weight.device
+        out = torch.from_numpy(np.flatnonzero(out_mask)).to(device)
         at, target_PO = self._targets[layer.name]
         if shift_PO is not None:
             target_PO = target_PO + shift_PO
         conv_groups, rows = layer.conv_groups, out
         if layer.kind == "depthwise":
             # Its channels are its inputs: an earlier choice has cut them.
-            weight, target_PO, conv_groups = weight[out], target_PO[:, out], len(out)
-            rows = torch.arange(len(out))
+            weight, target_PO = weight.index_select(0, out), target_PO.index_select(1, out)
+            rows, conv_groups = torch.arange(len(out), device=device), len(out)
         elif conv_groups == 1 and not in_mask.all():
-            weight = weight[:, torch.from_numpy(np.flatnonzero(in_mask))]
+            read = torch.from_numpy(np.flatnonzero(in_mask)).to(device)
+            weight = weight.index_select(1, read)
         if call.window is None and call.x.dim() == 2:
             call = replace(call, x=call.x.float())  # few products, and the logits among them
         fit = None
@@ -268,22 +271,26 @@ class Evaluator(ABC):
             fit = self._fits.get(before) if before is not None else None
             if fit is None:
                 ridges = self._ridges.get(layer.name, RIDGES)
-                fit = refit(patches(call, at, conv_groups).float(), target_PO, weight, ridges)
+                patch_PGD = patches(call, at, conv_groups).float()
+                with products_like(self.dtype):
+                    fit = refit(patch_PGD, target_PO, weight, ridges)
                 if self._choosing is not None:
                     self._choosing[layer.name] = (float(fit.ridge_G.median()) or RIDGES[0],)
                 if before is not None:
                     self._fits.put(before, fit)
             weight = fit.weight
-        weight, target_PO = weight[rows], target_PO[:, rows]
+        # Several times faster than indexing; a tenth of an evaluation would be that.
+        weight, target_PO = weight.index_select(0, rows), target_PO.index_select(1, rows)
         bias = None if bias is None else bias[out]
         scale = None
         if bits != FULL_PRECISION:
-            clip_O = self.estimates.clip_of(layer.name, bits)[out].to(weight)
+            clip_O = self.estimates.clip_of(layer.name, bits).to(weight)[out]
             scale = scale_of(weight, clip_O, bits)
             if fit is None:
                 weight = fake_quantize(weight, scale, bits)
             else:
-                weight = fit.quantize(rows, scale, bits)
+                with products_like(self.dtype):
+                    weight = fit.quantize(rows, scale, bits)
         if fit is not None and bias is not None and not layer.batch_norm:
             bias = target_PO.mean(0) - fit.mean_outputs(weight)
         given, centre = bias, None

@@ -224,9 +224,9 @@ class IncrementalEvaluator(Evaluator):
             return None
         other = self._sums[layer.name]
         shift_PO = torch.zeros_like(dense_PO)
-        out = torch.from_numpy(np.flatnonzero(out_mask))
+        out = torch.from_numpy(np.flatnonzero(out_mask)).to(dense_PO.device)
         now_PO = self._targets[layer.name][0].outputs(live[other]).float()
-        shift_PO[:, out] = dense_PO[:, out] - now_PO
+        shift_PO.index_copy_(1, out, dense_PO.index_select(1, out) - now_PO)
         if layer.batch_norm:
             norm = self._modules[layer.batch_norm]
             assert isinstance(norm, NORMS)

@@ -52,8 +52,10 @@ class Positions:
     def outputs(self, y: torch.Tensor) -> torch.Tensor:
         """(P, O) of an output (N, O, H, W), or of a linear layer's (N, ..., O)."""
         if self.convolution:
-            return y[self.n_P, :, self.row_P, self.col_P]
-        return y.reshape(-1, y.shape[-1])[self.row_P]
+            height, width = y.shape[2:]
+            at_P = (self.n_P * height + self.row_P) * width + self.col_P
+            return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]).index_select(0, at_P.to(y.device))
+        return y.reshape(-1, y.shape[-1]).index_select(0, self.row_P.to(y.device))
 
 
 def enough_positions(fan: int, most: int) -> int:
@@ -79,16 +81,17 @@ def patches(call: Call, at: Positions, groups: int) -> torch.Tensor:
     """patches_PGD: what a layer reads to compute its outputs at the sampled positions."""
     x, window = call.x, call.window
     if window is None:
-        return x.reshape(-1, x.shape[-1])[at.row_P].unsqueeze(1)
+        return x.reshape(-1, x.shape[-1]).index_select(0, at.row_P.to(x.device)).unsqueeze(1)
     (kh, kw), (sh, sw) = window.kernel, window.stride
     (ph, pw), (dh, dw) = window.padding, window.dilation
     rows = at.row_P[:, None, None] * sh + torch.arange(kh)[None, :, None] * dh - ph
     cols = at.col_P[:, None, None] * sw + torch.arange(kw)[None, None, :] * dw - pw
     height, width = x.shape[2:]
     # NHWC memory makes this a gather of contiguous channel vectors.
-    patch_PhwC = x.permute(0, 2, 3, 1)[
-        at.n_P[:, None, None], rows.clamp(0, height - 1), cols.clamp(0, width - 1)
-    ]
+    at_Phw = at.n_P[:, None, None] * height + rows.clamp(0, height - 1)
+    at_Phw = at_Phw * width + cols.clamp(0, width - 1)
+    vectors = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    patch_PhwC = vectors.index_select(0, at_Phw.flatten().to(x.device)).view(*at_Phw.shape, -1)
     if ph or pw:
         inside_Phw = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)
         patch_PhwC = patch_PhwC * inside_Phw.unsqueeze(-1).to(x)
@@ -97,27 +100,63 @@ def patches(call: Call, at: Positions, groups: int) -> torch.Tensor:
     return patch.permute(0, 2, 3, 1).reshape(count, groups, -1)
 
 
+@dataclass(frozen=True)
+class Factor:
+    """L of X'X + damping = L L', inputs in the order of their energy, least first."""
+
+    order_GD: torch.Tensor
+    lower_GDD: torch.Tensor
+
+    @classmethod
+    def of(cls, gram_GDD: torch.Tensor, damping_G: torch.Tensor) -> Factor | None:
+        """`damping_G` as shares of the mean diagonal. None if that is not positive definite."""
+        diagonal_GD = gram_GDD.diagonal(dim1=1, dim2=2)
+        order_GD = diagonal_GD.argsort(dim=1)
+        damped_GDD = _permuted(gram_GDD, order_GD)
+        damping_G = damping_G * diagonal_GD.mean(1) + 1e-8
+        damped_GDD.diagonal(dim1=1, dim2=2).add_(damping_G[:, None])
+        lower_GDD, info = torch.linalg.cholesky_ex(damped_GDD)
+        if bool(info.any()) or not bool(torch.isfinite(lower_GDD).all()):
+            return None
+        return cls(order_GD, lower_GDD)
+
+    def solve(self, right_GDo: torch.Tensor) -> torch.Tensor:
+        """(X'X + damping)^-1 right."""
+        at_GDo = self.order_GD.unsqueeze(2).expand_as(right_GDo)
+        found_GDo = torch.cholesky_solve(right_GDo.gather(1, at_GDo), self.lower_GDD)
+        return torch.empty_like(found_GDo).scatter_(1, at_GDo, found_GDo)
+
+
+def _permuted(gram_GDD: torch.Tensor, order_GD: torch.Tensor) -> torch.Tensor:
+    """Rows and columns in this order."""
+    if len(gram_GDD) == 1:
+        (order_D,) = order_GD
+        return gram_GDD.index_select(1, order_D).index_select(2, order_D)
+    fan = order_GD.shape[1]
+    gram_GDD = gram_GDD.gather(1, order_GD.unsqueeze(2).expand(-1, -1, fan))
+    return gram_GDD.gather(2, order_GD.unsqueeze(1).expand(-1, fan, -1))
+
+
 class Fit:
     """A refitted layer, before it is quantized.
 
-    weight    the layer's shape;  mean_GD  its inputs' means
-    gram_GDD  X'X of the centred inputs: what rounding is weighed with. None where there are
-              more inputs than positions;  ridge_G  the ridges chosen, 0 where the weights stayed
+    weight     the layer's shape;  mean_GD  its inputs' means
+    hessian    what rounding is weighed with; None where there are more inputs than positions
+    ridge_G    the ridges chosen, 0 where the weights stayed
     """
 
     def __init__(
         self,
         weight: torch.Tensor,
         mean_GD: torch.Tensor,
-        gram_GDD: torch.Tensor | None,
+        hessian: Factor | None,
         ridge_G: torch.Tensor,
     ) -> None:
         self.weight, self.mean_GD, self.ridge_G = weight, mean_GD, ridge_G
-        self._gram_GDD = gram_GDD
-        self._order: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._hessian = hessian
 
     def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self._gram_GDD is None else 2 * self._gram_GDD.nbytes)
+        return self.weight.nbytes + (0 if self._hessian is None else self._hessian.lower_GDD.nbytes)
 
     def mean_outputs(self, weight: torch.Tensor) -> torch.Tensor:
         """(O,) mean output of `weight`, bias aside."""
@@ -127,56 +166,35 @@ class Fit:
 
     def quantize(self, out: torch.Tensor, scale_O: torch.Tensor, bits: int) -> torch.Tensor:
         """The `out` channels of the weight as codes x scale_O, each block of inputs rounded to
-        make up for the blocks before it."""
+        make up for the blocks before it.
+
+        With X'X = R'R, R upper triangular, the error left is |R (w - q)|^2, and what a block
+        should be once those behind it in R are rounded is w + R_bb^-1 R_bj (w_j - q_j): nearest
+        plane, which is GPTQ without an inverse (Chen et al., 2025, "The Geometry of LLM
+        Quantization").
+        """
         weight = self.weight[out]
-        factors = self._factors()
-        if factors is None:
+        if self._hessian is None:
             return fake_quantize(weight, scale_O, bits)
-        order_GD, upper_GDD = factors
+        order_GD, lower_GDD = self._hessian.order_GD, self._hessian.lower_GDD
         groups, fan = order_GD.shape
         rows = len(weight) // groups
-        w_GoD = weight.reshape(groups, rows, fan)
         at_GoD = order_GD.unsqueeze(1).expand(-1, rows, -1)
-        w_GoD = w_GoD.gather(2, at_GoD)
-        codes_GoD = torch.empty_like(w_GoD)
+        w_GoD = weight.reshape(groups, rows, fan).gather(2, at_GoD)
+        codes_GoD, error_GoD = torch.empty_like(w_GoD), torch.empty_like(w_GoD)
         width = max(1, math.ceil(fan / BLOCKS)) if fan > BLOCKS else 1
-        for start in range(0, fan, width):
-            block = slice(start, start + width)
-            rounded = fake_quantize(w_GoD[..., block].flatten(0, 1), scale_O, bits)
-            codes_GoD[..., block] = rounded.view_as(w_GoD[..., block])
-            behind = slice(start + width, fan)
-            if start + width < fan:
-                error_Gob = w_GoD[..., block] - codes_GoD[..., block]
-                scaled = torch.linalg.solve_triangular(
-                    upper_GDD[:, block, block], error_Gob, upper=True, left=False
+        for end in range(fan, 0, -width):
+            block, behind = slice(max(0, end - width), end), slice(end, fan)
+            wanted_Gob = w_GoD[..., block]
+            if end < fan:
+                owed_Gob = error_GoD[..., behind] @ lower_GDD[:, behind, block]
+                wanted_Gob = wanted_Gob + torch.linalg.solve_triangular(
+                    lower_GDD[:, block, block], owed_Gob, upper=False, left=False
                 )
-                w_GoD[..., behind] -= scaled @ upper_GDD[:, block, behind]
+            rounded = fake_quantize(wanted_Gob.flatten(0, 1), scale_O, bits)
+            codes_GoD[..., block] = rounded.view_as(wanted_Gob)
+            error_GoD[..., block] = w_GoD[..., block] - codes_GoD[..., block]
         return torch.empty_like(w_GoD).scatter_(2, at_GoD, codes_GoD).reshape(weight.shape)
-
-    def _factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """order_GD, inputs of most energy first, and U with (X'X)^-1 = U'U in that order."""
-        if self._gram_GDD is None:
-            return None
-        if self._order is None:
-            gram = self._gram_GDD
-            diagonal_GD = gram.diagonal(dim1=1, dim2=2)
-            backwards_GD = diagonal_GD.argsort(dim=1)
-            fan = backwards_GD.shape[1]
-            gram = gram.gather(1, backwards_GD.unsqueeze(2).expand(-1, -1, fan))
-            gram = gram.gather(2, backwards_GD.unsqueeze(1).expand(-1, fan, -1))
-            damp_G = DAMPING * diagonal_GD.mean(1) + 1e-8
-            gram.diagonal(dim1=1, dim2=2).add_(damp_G[:, None])
-            # Backwards, X'X = L L'; turned round, L becomes upper, and U its inverse.
-            lower_GDD, info = torch.linalg.cholesky_ex(gram)
-            eye = torch.eye(fan, dtype=gram.dtype, device=gram.device)
-            upper_GDD = torch.linalg.solve_triangular(
-                lower_GDD.flip(1, 2), eye.expand_as(gram), upper=True
-            )
-            if bool(info.any()) or not bool(torch.isfinite(upper_GDD).all()):
-                self._gram_GDD = None
-                return None
-            self._order = backwards_GD.flip(1), upper_GDD
-        return self._order
 
 
 def refit(
@@ -222,12 +240,20 @@ def refit(
             better_G = error_G < least_G
             least_G = torch.where(better_G, error_G, least_G)
             ridge_G = torch.where(better_G, ridge, ridge_G)
-    gram = everything.gram_Gnn if everything.x_GnD is None else None
+    # Where the weights stay, rounding has no ridge to go by.
+    factor = None
+    if not dual:
+        shares_G = torch.where(ridge_G > 0, ridge_G, DAMPING)
+        factor = Factor.of(everything.gram_Gnn, shares_G)
+    change_GDo = None
     if bool((ridge_G > 0).any()):
-        change_GDo = everything.solve(torch.where(ridge_G > 0, ridge_G, ridges[0]))
-        if change_GDo is not None:
-            w_GDo = w_GDo + change_GDo * (ridge_G > 0)[:, None, None]
-    return Fit(w_GDo.transpose(1, 2).reshape(weight.shape), mean_GD, gram, ridge_G)
+        if dual:
+            change_GDo = everything.solve(torch.where(ridge_G > 0, ridge_G, ridges[0]))
+        elif factor is not None:
+            change_GDo = factor.solve(everything.right_Gno)
+    if change_GDo is not None and bool(torch.isfinite(change_GDo).all()):
+        w_GDo = w_GDo + change_GDo * (ridge_G > 0)[:, None, None]
+    return Fit(w_GDo.transpose(1, 2).reshape(weight.shape), mean_GD, factor, ridge_G)
 
 
 @dataclass(frozen=True)

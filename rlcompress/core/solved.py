@@ -30,6 +30,8 @@ from rlcompress.core.graph import Network, kept_mask
 from rlcompress.core.quant import scale_of
 from rlcompress.core.reading import all_gradients
 from rlcompress.core.reconstruct import (
+    DAMPING,
+    Factor,
     Fit,
     enough_positions,
     patches,
@@ -176,10 +178,11 @@ class _Solver:
         self.patch_PGD, self.output_PO = patch_PGD, output_PO
         mean_GD = patch_PGD.mean(0)
         self.centred_GPD = (patch_PGD - mean_GD).transpose(0, 1)
-        gram = None
+        zeros_G, hessian = mean_GD.new_zeros(len(mean_GD)), None
         if patch_PGD.shape[2] <= len(patch_PGD):
-            gram = self.centred_GPD.transpose(1, 2) @ self.centred_GPD
-        self.whole = Fit(self.weight, mean_GD, gram, mean_GD.new_zeros(len(mean_GD)))
+            gram_GDD = self.centred_GPD.transpose(1, 2) @ self.centred_GPD
+            hessian = Factor.of(gram_GDD, torch.full_like(zeros_G, DAMPING))
+        self.whole = Fit(self.weight, mean_GD, hessian, zeros_G)
         self.deviation_O = output_PO.std(0, correction=0)
 
     def change(self, choice: _Choice) -> torch.Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rlcompress.core.artifact import load_artifact
+from rlcompress.core.data import digits
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.fitted import fitted_network
@@ -148,9 +149,8 @@ def test_what_cannot_be_evaluated_is_refused(evaluator, make_evaluator):
 @pytest.mark.parametrize("net", ["mobilenetv2", "resnet20"], indirect=True)
 def test_depthwise_and_residual_networks_are_written_as_scored(net, net_estimates, tmp_path):
     images, labels = net.images, torch.arange(4)
-    evaluator = build_evaluator(
-        net.model, net.network, images[:4], images[4:], labels, net_estimates
-    )
+    fit = digits(net.ref.input_shape[-1]).train.images(slice(8, 64))
+    evaluator = build_evaluator(net.model, net.network, fit, images[4:], labels, net_estimates)
     assert evaluator.evaluate(Schedule()).kl == pytest.approx(0, abs=1e-6)
     schedule = Schedule(
         dict.fromkeys(net.network.groups, 0.5), dict.fromkeys(net.network.layers, 4)
