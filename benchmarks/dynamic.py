@@ -27,6 +27,10 @@ benchmarks.drifts). `closed`, `open` and `static` at the same size; what an arm 
 accuracy of `dense` under the same drift less its own, on changed test images. `drift_loss_ratio`:
 mean loss of `closed` / of `static`.
 
+`changed_by_drift`: share of the choices behind the first round in which `closed` under drift
+differs from `closed` without, of the same seed; `changed_by_seed`: from that of another seed,
+without drift.
+
 Every training is a line of runs/dynamic-NETWORK.jsonl as soon as it is done.
 """
 
@@ -34,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +260,8 @@ def summarise(options: argparse.Namespace) -> None:
                     }
                     print(f"drift {kind:10}{seed:3}  points lost: {lost}")
                     drift_losses.append((lost["closed"], lost["static"]))
+        for name, shares in changed(rows, DRIFT_TARGET.get(network)).items():
+            add(f"{name}_{network}", shares, "share of the second round's choices")
         add(f"closed_loop_gain_vs_static_{network}", gains, "density, closed / static - 1")
         add(f"compute_vs_search_{network}", computes, "processor seconds, closed / search")
         if drift_losses:
@@ -268,6 +275,23 @@ def summarise(options: argparse.Namespace) -> None:
         print(f"{name:44}{value['value']:9.2f}  {value['unit']}  (n = {value['n']})")
     if everything:
         print(results.write("dynamic", figures, everything))
+
+
+def changed(rows: list[dict[str, Any]], target: float | None) -> dict[str, list[float]]:
+    """How far choices follow the drift, and how far only the order of the images."""
+    chosen = {
+        (r["seed"], r["drift"]): np.array(r["actions"][len(r["actions"]) // 2 :])
+        for r in rows
+        if r.get("arm") == "closed" and r["setting"] == [target]
+    }
+    plain = {seed: actions for (seed, drift), actions in chosen.items() if drift is None}
+    drifted = [(seed, actions) for (seed, drift), actions in chosen.items() if drift is not None]
+    return {
+        "changed_by_drift": [float(np.mean(plain[seed] != a)) for seed, a in drifted],
+        "changed_by_seed": [
+            float(np.mean(a != b)) for a, b in itertools.combinations(plain.values(), 2)
+        ],
+    }
 
 
 def _add(figures: dict[str, Any], name: str, values: list[float], unit: str) -> None:
