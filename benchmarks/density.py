@@ -17,12 +17,19 @@ dense network, which ours is not, and goes to onnxruntime's static int8, its fil
 The best ratio is the smallest file within 1 point on the same validation images; if none is, the
 most accurate one, and the row says so.
 
+FastNAS (nvidia-modelopt) is treated likewise at the squares of those ratios, its shares of the
+parameters. It is measured where it is installed:
+
+    uv run --with nvidia-modelopt --with torchprofile==0.0.4 --with huggingface_hub python -m \
+        benchmarks.density --networks vgg19
+
 density   test accuracy (%) per 10^6 bytes;  gain  ours / theirs - 1, at the accuracy floor
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,7 +42,7 @@ from torch import nn
 from benchmarks import results
 from benchmarks.files import run_onnx
 from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, workspace
-from benchmarks.rivals import bare, export_float, pruned, quantize_int8
+from benchmarks.rivals import bare, export_float, fast_nas, pruned, quantize_int8
 from rlcompress import core
 from rlcompress.core.data import Split
 from rlcompress.core.files import read_lines
@@ -53,6 +60,8 @@ CHECK_SEED = 10_000
 #: Points below the floor, on the search's own images, from where a schedule is not tried.
 MARGIN = 2.0
 KEEPS = (0.75, 0.5, 0.3, 0.15)
+#: And what their figures are called.
+RIVALS = {"torch-pruning": "gain_vs_torch_pruning", "fastnas": "gain_vs_fastnas"}
 
 
 def searched(problem: Problem, name: str, settings: Settings) -> list[Record]:
@@ -99,8 +108,8 @@ def _judged(model: nn.Module, size: int, validation: float, run: Workspace) -> d
     }
 
 
-def torch_pruning(
-    run: Workspace, model: nn.Module, held: Split, seed: int, steps: int
+def rival(
+    method: str, run: Workspace, model: nn.Module, held: Split, seed: int, steps: int
 ) -> list[dict[str, Any]]:
     """A row a ratio, and the test answer of the best one."""
     fit = run.data.train.sample(512, seed)
@@ -111,13 +120,17 @@ def torch_pruning(
         for keep in KEEPS:
             folder = Path(name) / f"{keep}"
             folder.mkdir()
-            small = pruned(model, fit, keep, few)
+            if method == "fastnas":
+                small = fast_nas(model, fit, keep**2, few, Path(name))
+            else:
+                small = pruned(model, fit, keep, few)
             distill(small, lesson.images(), taught, steps, seed=seed, batch=STEP_IMAGES)
             written, stripped = folder / "float.onnx", folder / "bare.onnx"
             export_float(small, fit.images(slice(2)), written)
             stripped.write_bytes(bare(quantize_int8(written, fit.images(slice(256)), folder)))
             size, accuracy = stripped.stat().st_size, _accuracy(stripped, held)
             rows.append({"keep": keep, "bytes": size, "validation": accuracy, "path": stripped})
+            print(f"{method} keep {keep}: {size:,} bytes, {accuracy:.2%} on validation", flush=True)
         floor = top1(model, held) - FLOOR / 100
         good = [row for row in rows if row["validation"] >= floor]
         best = min(good or rows, key=lambda r: r["bytes"] if good else -r["validation"])
@@ -131,6 +144,14 @@ def _accuracy(path: Path, split: Split) -> float:
     return float((run_onnx(path, split).argmax(1) == split.labels_N).float().mean())
 
 
+def rivals() -> list[str]:
+    """Those whose packages are there."""
+    if importlib.util.find_spec("modelopt"):
+        return list(RIVALS)
+    print("no FastNAS: nvidia-modelopt is not installed")
+    return [name for name in RIVALS if name != "fastnas"]
+
+
 def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     """What is missing of one seed."""
     run = workspace(EXPERIMENTS[network])
@@ -138,7 +159,8 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     rows = results.Rows(Path("runs") / f"density-{network}.jsonl")
     about = {"key": f"{identity(run)} {options.evaluations} {options.steps}", "seed": seed}
     done = {row["method"] for row in rows.rows if {**row, **about} == row}
-    methods = [m for m in ("uniform", options.searcher, "torch-pruning") if m not in done]
+    wanted = ["uniform", options.searcher, *rivals()]
+    methods = [m for m in wanted if m not in done]
     if not methods:
         return
     known = bundle(run, seed=seed, fit_images=IMAGES, score_images=IMAGES)
@@ -152,11 +174,11 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     target = run.experiment.search.target
     dense = {"dense_bytes": problem.dense.bytes, "dense_test": top1(model, run.data.test)}
     for method in methods:
-        if method == "torch-pruning":
-            for row in torch_pruning(run, model, held, seed, options.steps):
+        if method in RIVALS:
+            for row in rival(method, run, model, held, seed, options.steps):
                 if "test" in row:
                     best = row
-                rows.append({**about, "network": network, "method": "torch-pruning ratio", **row})
+                rows.append({**about, "network": network, "method": f"{method} ratio", **row})
             found = best
         else:
             low = target[0] / 2 if method == "uniform" else target[0]
@@ -182,7 +204,7 @@ def summarise(options: argparse.Namespace) -> None:
         by = {(r["method"], r["seed"]): r for r in rows if r.get("density")}
         seeds = sorted({seed for method, seed in by if method == options.searcher})
         ours = {seed: by[options.searcher, seed] for seed in seeds}
-        for method in (options.searcher, "uniform", "torch-pruning"):
+        for method in (options.searcher, "uniform", *RIVALS):
             mine = [by[method, seed] for seed in seeds if (method, seed) in by]
             if not mine:
                 continue
@@ -192,7 +214,7 @@ def summarise(options: argparse.Namespace) -> None:
             figures[f"points_{method.replace('-', '_')}_{network}"] = results.figure(
                 points, "points against dense, test"
             )
-        for method, name in (("uniform", "gain"), ("torch-pruning", "gain_vs_torch_pruning")):
+        for method, name in (("uniform", "gain"), *RIVALS.items()):
             gains = [
                 ours[seed]["density"] / by[method, seed]["density"] - 1
                 for seed in seeds

@@ -1,4 +1,5 @@
-"""What others would do: Torch-Pruning at one ratio, then onnxruntime's static int8."""
+"""What others would do: Torch-Pruning at one ratio or FastNAS at a number of parameters, then
+onnxruntime's static int8."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ from torch import nn
 from rlcompress.core.data import Split
 from rlcompress.core.export import _quiet
 from rlcompress.core.train import top1
+
+#: FastNAS keeps multiples of so many.
+CHANNELS = 8
 
 
 def export_float(model: nn.Module, images: torch.Tensor, path: Path) -> None:
@@ -69,9 +73,39 @@ def _pruned(
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     options = {"pruning_ratio": 1 - keep, "ignored_layers": linear[-1:]}
     tp.pruner.BasePruner(model, images[:1], importance, **options).step()
+    return _settled(model, images)
+
+
+def fast_nas(
+    model: nn.Module, fit: Split, share: float, validation: Split, folder: Path
+) -> nn.Module:
+    """Cut to a share of its parameters by nvidia-modelopt's FastNAS, which tries every layer's
+    widths on `validation`, in steps of 8 channels as ours; `folder` keeps what it measured for
+    another share. Batch norms re-estimated on the images of `fit`."""
+    import modelopt.torch.prune as mtp
+
+    steps = mtp.fastnas.FastNASConfig()
+    steps["nn.Conv2d"]["*"]["channel_divisor"] = CHANNELS
+    steps["nn.BatchNorm2d"]["*"]["feature_divisor"] = CHANNELS
+    steps["nn.Linear"]["*"]["feature_divisor"] = CHANNELS
+    images = fit.images()
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # it wants no other
+    config = {
+        "data_loader": [(some,) for some in images.split(64)],
+        "collect_func": lambda some: some,
+        "score_func": lambda one: 100 * top1(one, validation),
+        "checkpoint": str(folder / "fastnas.pt"),
+    }
+    limit = {"params": f"{100 * share:g}%"}
+    found = mtp.prune(model, [("fastnas", steps)], limit, images[:1], config=config)
+    return _settled(found[0], images)
+
+
+def _settled(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """With batch norms of nothing but these images."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = 1.0  # nothing but these images
+        norm.momentum = 1.0
     with torch.no_grad():
         model.train()(images)
     for norm in norms:
