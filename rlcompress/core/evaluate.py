@@ -31,7 +31,6 @@ from rlcompress.core.fitted import network_of
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.measure import compare
 from rlcompress.core.prefix import FittedLayer, Prefix, Step
-from rlcompress.core.process import products_like
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import attach_fake_quant, fake_quantize, scale_of, unexplained
 from rlcompress.core.reconstruct import (
@@ -271,9 +270,7 @@ class Evaluator(ABC):
             fit = self._fits.get(before) if before is not None else None
             if fit is None:
                 ridges = self._ridges.get(layer.name, RIDGES)
-                patch_PGD = patches(call, at, conv_groups).float()
-                with products_like(self.dtype):
-                    fit = refit(patch_PGD, target_PO, weight, ridges)
+                fit = refit(patches(call, at, conv_groups).float(), target_PO, weight, ridges)
                 if self._choosing is not None:
                     self._choosing[layer.name] = (float(fit.ridge_G.median()) or RIDGES[0],)
                 if before is not None:
@@ -289,8 +286,7 @@ class Evaluator(ABC):
             if fit is None:
                 weight = fake_quantize(weight, scale, bits)
             else:
-                with products_like(self.dtype):
-                    weight = fit.quantize(rows, scale, bits)
+                weight = fit.quantize(rows, scale, bits)
         if fit is not None and bias is not None and not layer.batch_norm:
             bias = target_PO.mean(0) - fit.mean_outputs(weight)
         given, centre = bias, None

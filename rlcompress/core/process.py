@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -27,17 +25,3 @@ def settle_process() -> None:
         if hasattr(library, "mallopt"):
             for option in (_MMAP_THRESHOLD, _TOP_PAD, _TRIM_THRESHOLD):
                 library.mallopt(*option)
-
-
-@contextmanager
-def products_like(dtype: torch.dtype) -> Iterator[None]:
-    """Within, products of float32 may round their factors to bfloat16 if `dtype` is that; sums stay
-    float32. Where the hardware has no such product, another library's float32 one is taken, which
-    on processors that are not Intel's is up to three times as fast."""
-    before = torch.get_float32_matmul_precision()
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -35,6 +35,8 @@ LEAST, PER_INPUT = 512, 16
 HELD_OUT = 4  # one position of so many
 #: Blocks that a layer's inputs are rounded in; small groups of inputs go one by one.
 BLOCKS = 16
+#: Inputs from where on a Gram matrix is computed in parts.
+NARROW = 128
 #: Share of the mean diagonal added before rounding: inputs hardly seen must not make up for much.
 DAMPING = 0.01
 
@@ -282,8 +284,22 @@ def _normal(x_GPD: torch.Tensor, left_GPo: torch.Tensor, dual: bool) -> _Normal:
     energy_G = x_GPD.square().sum((1, 2)) / x_GPD.shape[2]
     x_GDP = x_GPD.transpose(1, 2)
     if dual:
-        return _Normal(x_GPD @ x_GDP, left_GPo, energy_G, x_GPD)
-    return _Normal(x_GDP @ x_GPD, x_GDP @ left_GPo, energy_G)
+        return _Normal(gram(x_GDP), left_GPo, energy_G, x_GPD)
+    return _Normal(gram(x_GPD), x_GDP @ left_GPo, energy_G)
+
+
+def gram(x_GPD: torch.Tensor) -> torch.Tensor:
+    """X'X (G, D, D), its equal halves computed once: a third less time for wide layers."""
+    fan = x_GPD.shape[2]
+    if fan <= NARROW:
+        return x_GPD.transpose(1, 2) @ x_GPD
+    half = fan // 2
+    a, b = x_GPD[..., :half], x_GPD[..., half:]
+    found = x_GPD.new_empty(len(x_GPD), fan, fan)
+    found[:, :half, :half], found[:, half:, half:] = gram(a), gram(b)
+    torch.matmul(a.transpose(1, 2), b, out=found[:, :half, half:])
+    found[:, half:, :half] = found[:, :half, half:].transpose(1, 2)
+    return found
 
 
 def _add(a: _Normal, b: _Normal) -> _Normal:

@@ -34,6 +34,7 @@ from rlcompress.core.reconstruct import (
     Factor,
     Fit,
     enough_positions,
+    gram,
     patches,
     refit,
     sample_positions,
@@ -180,8 +181,7 @@ class _Solver:
         self.centred_GPD = (patch_PGD - mean_GD).transpose(0, 1)
         zeros_G, hessian = mean_GD.new_zeros(len(mean_GD)), None
         if patch_PGD.shape[2] <= len(patch_PGD):
-            gram_GDD = self.centred_GPD.transpose(1, 2) @ self.centred_GPD
-            hessian = Factor.of(gram_GDD, torch.full_like(zeros_G, DAMPING))
+            hessian = Factor.of(gram(self.centred_GPD), torch.full_like(zeros_G, DAMPING))
         self.whole = Fit(self.weight, mean_GD, hessian, zeros_G)
         self.deviation_O = output_PO.std(0, correction=0)
 

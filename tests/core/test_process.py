@@ -6,9 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-
-from rlcompress.core.process import products_like
 
 COUNT = """
 import resource, torch
@@ -37,12 +34,3 @@ def test_freed_memory_is_used_again_and_denormals_are_zero():
     again, zero = measured(settled=True)
     assert (counted, zero) == (1.0, 0.0)
     assert again < fresh / 2
-
-
-def test_products_are_as_they_were_once_a_candidate_is_fitted():
-    before = torch.get_float32_matmul_precision()
-    with products_like(torch.bfloat16):
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.get_float32_matmul_precision() == before
-    with products_like(torch.float32):
-        assert torch.get_float32_matmul_precision() == before
