@@ -25,7 +25,7 @@ compute   processor seconds of `closed` (one run) / of `search` (training, searc
 Drift: at a third of the steps the images change (rotation, noise, contrast, class priors; see
 benchmarks.drifts). `closed`, `open` and `static` at the same size; what an arm loses is the
 accuracy of `dense` under the same drift less its own, on changed test images. `drift_loss_ratio`:
-mean loss of `closed` / of `static`.
+mean loss over the four of `closed` / of `static`, seed by seed.
 
 `changed_by_drift`: share of the choices behind the first round in which `closed` under drift
 differs from `closed` without, of the same seed; `changed_by_seed`: from that of another seed,
@@ -224,7 +224,7 @@ def summarise(options: argparse.Namespace) -> None:
         rows = read_lines(Path("runs") / f"dynamic-{network}.jsonl")
         rows = [r for r in rows if r["key"] == key_of(options)]
         everything += rows
-        gains, computes, drift_losses = [], [], []
+        gains, computes, losses = [], [], []
         seeds = sorted({r["seed"] for r in rows if "tested" in r})
         print(f"\n{network}, seeds {seeds}" if seeds else "", flush=True)
         for seed in seeds:
@@ -252,6 +252,7 @@ def summarise(options: argparse.Namespace) -> None:
                 gains.append(density["closed"] / density["static"] - 1)
             if ("search", None) in by:
                 computes.append(by["closed", None]["seconds"] / by["search", None]["seconds"])
+            drifted = []
             for kind in DRIFTS:
                 if ("static", kind) in by:
                     lost = {
@@ -259,18 +260,19 @@ def summarise(options: argparse.Namespace) -> None:
                         for a in ("closed", "open", "static")
                     }
                     print(f"drift {kind:10}{seed:3}  points lost: {lost}")
-                    drift_losses.append((lost["closed"], lost["static"]))
+                    drifted.append((lost["closed"], lost["static"]))
+            if drifted:
+                ours, theirs = np.mean(drifted, axis=0)
+                losses.append(float(ours / theirs))
         for name, shares in changed(rows, DRIFT_TARGET.get(network)).items():
             add(f"{name}_{network}", shares, "share of the second round's choices")
         add(f"closed_loop_gain_vs_static_{network}", gains, "density, closed / static - 1")
         add(f"compute_vs_search_{network}", computes, "processor seconds, closed / search")
-        if drift_losses:
-            ours, theirs = np.mean(drift_losses, axis=0)
-            ratios.append(float(ours / theirs))
-            add(f"drift_loss_ratio_{network}", [float(ours / theirs)], "points lost, closed/static")
+        add(f"drift_loss_ratio_{network}", losses, "points lost, closed / static, of a seed")
+        ratios += losses
     computes = [f["value"] for n, f in figures.items() if n.startswith("compute_vs_search_")]
     add("compute_vs_search", computes, "mean over networks")
-    add("drift_loss_ratio", ratios, "mean over networks")
+    add("drift_loss_ratio", ratios, "points lost, closed / static, over networks and seeds")
     for name, value in figures.items():
         print(f"{name:44}{value['value']:9.2f}  {value['unit']}  (n = {value['n']})")
     if everything:
