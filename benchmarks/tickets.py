@@ -6,7 +6,7 @@
 
 Fashion-MNIST. One schedule a network: the knapsack's on estimated sensitivities at `TARGETS`,
 channels chosen by what the dense network does on train images. Every arm of
-`rlcompress.core.ticket` is trained on the same `--steps` batches of 128 in the same order, with the
+`rlcompress.core.ticket` is trained on the same `STEPS` batches of 128 in the same order, with the
 same quantizer, at two peak learning rates (`scratch` for as many steps as the dense network's
 MACs buy). A seed is an order of the images, a fresh initialisation and a random choice of
 channels; the dense network is one. For each arm validation chooses the rate, seed by seed; the
@@ -47,6 +47,8 @@ from rlcompress.core.train import Recipe, epochs, top1
 from rlcompress.stages.workspace import Workspace
 
 TARGETS = {"vgg19": 40.0, "mobilenetv2": 16.0, "resnet18": 30.0}
+#: Batches of a training, unless --steps says otherwise.
+STEPS = {"vgg19": 300, "mobilenetv2": 150, "resnet18": 300}
 RATES = (0.1, 0.02)
 BATCH = 128
 ITERATIVE = "iterative"
@@ -84,7 +86,7 @@ class Bench:
         )
 
     def lesson(self, seed: int, rate: float) -> Lesson:
-        data = self.run.data.train.sample(self.options.steps * BATCH, seed)
+        data = self.run.data.train.sample(steps_of(self.network, self.options) * BATCH, seed)
         recipe = Recipe(1, BATCH, rate)
         return Lesson.of(data, self.held, recipe, seed, self.dense, arms=("distilled",))
 
@@ -143,7 +145,7 @@ class Bench:
 def measure(network: str, options: argparse.Namespace) -> None:
     bench = Bench(network, options)
     rows = results.Rows(Path("runs") / f"tickets-{network}.jsonl")
-    key = key_of(bench.run, options)
+    key = key_of(network, bench.run, options)
     folder = Path("runs") / f"tickets-{network}"
     folder.mkdir(parents=True, exist_ok=True)
     rates = RATES[:1] if options.quick else RATES
@@ -169,8 +171,12 @@ def measure(network: str, options: argparse.Namespace) -> None:
         rows.append({"key": key, "arm": "dense", "seed": 0, "test": test})
 
 
-def key_of(run: Workspace, options: argparse.Namespace) -> str:
-    return f"{identity(run)} {options.steps} {options.rounds}"
+def steps_of(network: str, options: argparse.Namespace) -> int:
+    return options.steps or STEPS[network]
+
+
+def key_of(network: str, run: Workspace, options: argparse.Namespace) -> str:
+    return f"{identity(run)} {steps_of(network, options)} {options.rounds}"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -188,7 +194,7 @@ def summarise(options: argparse.Namespace) -> None:
         path = Path("runs") / f"tickets-{network}.jsonl"
         if not path.exists():
             continue
-        key = key_of(workspace(experiment), options)
+        key = key_of(network, workspace(experiment), options)
         rows = [r for r in read_lines(path) if r["key"] == key]
         everything += rows
         tests: dict[str, dict[int, float]] = {}
@@ -197,7 +203,8 @@ def summarise(options: argparse.Namespace) -> None:
                 tests.setdefault(row["arm"], {})[row["seed"]] = 100 * row["test"]
         size = next((r["bytes"] for r in rows if "bytes" in r), 0)
         dense = tests.pop("dense", {}).get(0, float("nan"))
-        print(f"\n{network}, {size:,} bytes, dense {dense:.2f} %")
+        steps = steps_of(network, options)
+        print(f"\n{network}, {size:,} bytes, {steps} steps, dense {dense:.2f} %")
         print(f"{'arm':14}{'test':>8}{'95 %':>8}{'- fresh':>9}{'95 %':>8}{'n':>4}")
         fresh = tests.get("fresh", {})
         for arm, by_seed in sorted(tests.items(), key=lambda a: -np.mean(list(a[1].values()))):
@@ -222,7 +229,7 @@ def main() -> None:
     parser.add_argument("--networks", default="vgg19,mobilenetv2")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--arms", default=",".join((*EVERY_ARM, ITERATIVE)))
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="of a training; by default STEPS")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
     options = parser.parse_args()
