@@ -36,7 +36,7 @@ from rlcompress.spec import Experiment, spec_hash, write_resolved
 from rlcompress.stages.storage import Storage
 
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
-MEASUREMENTS = "4"
+MEASUREMENTS = "5"
 DENSE_INPUTS = ("model", "data", "dense", "seed")
 
 
