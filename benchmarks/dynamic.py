@@ -123,7 +123,7 @@ def actions_of(rows: list[dict[str, Any]], key: str, setting: list[Any]) -> list
     return next(
         row["actions"]
         for row in rows
-        if row["arm"] == "closed"
+        if row.get("arm") == "closed"
         and row["drift"] is None
         and row["setting"] == setting
         and row["key"] == key
