@@ -76,6 +76,18 @@ def pack_scales(values: np.ndarray, name: str) -> tuple[bytes, int, int]:
     return codes.tobytes(), top, spacing
 
 
+def reach(values: np.ndarray) -> float:
+    """The most that a number may be beside these: as many of the positive ones as can be lie
+    within the widest span below it. Infinite if none is positive."""
+    ordered = np.sort(values[values > 0].astype(np.float64))
+    if not len(ordered):
+        return float("inf")
+    span = 2.0 ** ((SPAN - 1) * SPACINGS[-1] / LEVELS)
+    within = np.searchsorted(ordered, ordered * span, side="right") - np.arange(len(ordered))
+    lowest = len(ordered) - 1 - int(np.argmax(within[::-1]))  # of equally many, the largest
+    return float(ordered[lowest] * span)
+
+
 def unpack_scales(data: bytes, top: int, spacing: int) -> np.ndarray:
     """The inverse of `pack_scales`: float32. Raises ValueError if no file says so."""
     if not LOWEST <= top <= HIGHEST or spacing not in SPACINGS:

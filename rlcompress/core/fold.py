@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlcompress.core.codec import pack_biases, pack_scales, unpack_biases, unpack_scales
+from rlcompress.core.codec import pack_biases, pack_scales, reach, unpack_biases, unpack_scales
 from rlcompress.core.graph import Network
 from rlcompress.core.quant import encode
 from rlcompress.core.reading import NORMS
@@ -49,6 +49,10 @@ def snap(
     octaves, by 1.1 % where they span 8. Encoded again with the rounded scale, weights between two
     codes would change sides: at 2 and 4 bits 9 to 110 times the KL, measured. The batch norms'
     gamma and beta take up the rounding; without one, the scale, the weights and the bias do.
+
+    A channel that hardly varies has a gain some hundred times the others', which would take their
+    scales' bytes: where the layer's scales span more than the file holds, it is damped around its
+    mean to what leaves room for most.
     """
     modules = dict(model.named_modules())
     rounded = dict(scales)
@@ -61,6 +65,11 @@ def snap(
         factor, bias = fold(module, norm)
         scale = scales[name].double().cpu()
         folded = scale * torch.from_numpy(factor).abs()
+        most = reach(folded.numpy())
+        if norm is not None and bool((folded > most).any()):
+            norm.weight.mul_((most / folded).clamp(max=1.0).to(norm.weight))  # type: ignore[union-attr, operator]
+            factor, bias = fold(module, norm)
+            folded = scale * torch.from_numpy(factor).abs()
         target = torch.from_numpy(unpack_scales(*pack_scales(folded.numpy(), name))).double()
         shift = None if bias is None else unpack_biases(*pack_biases(bias, name))
         if norm is None:

@@ -92,6 +92,24 @@ def test_snapping_changes_answers_little(trained, close, bits):
     close(before, trained.out(trained.fake_quantized(small, widths, scales)), relative=2e-2)
 
 
+def test_a_channel_that_never_varies_does_not_take_the_others_scales(trained, close):
+    """Its gain is its gamma over the root of epsilon, thousands of times theirs."""
+    small = copy.deepcopy(trained.model)
+    convs = [m for m in small.modules() if isinstance(m, torch.nn.Conv2d)]
+    norms = [m for m in small.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        norms[0].weight[0] = norms[0].bias[0] = 0  # an input that is dead
+        convs[1].weight[0] = 0
+        convs[1].weight[0, 0] = convs[1].weight[1].abs().max()
+        norms[1].running_mean[0] = norms[1].running_var[0] = 0
+        norms[1].weight[0] = 20
+    schedule = Schedule(bits=dict.fromkeys(trained.network.layers, 4))
+    widths, scales = trained.quantized(small, schedule)
+    before = trained.out(trained.fake_quantized(small, widths, scales))
+    scales = snap(small, trained.network, widths, scales)
+    close(before, trained.out(trained.fake_quantized(small, widths, scales)), relative=2e-2)
+
+
 def test_snapping_keeps_every_code(trained):
     """Encoded again with a rounded scale, a weight between two codes would change sides."""
     schedule = Schedule(bits={n: (2, 4, 8)[i % 3] for i, n in enumerate(trained.network.layers)})

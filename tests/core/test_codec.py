@@ -13,6 +13,7 @@ from rlcompress.core.codec import (
     pack_biases,
     pack_codes,
     pack_scales,
+    reach,
     unpack_biases,
     unpack_codes,
     unpack_scales,
@@ -68,6 +69,21 @@ def test_the_narrower_the_scales_the_finer_they_are_kept(octaves, error, data):
     back = unpack_scales(*pack_scales(values, "x"))
     assert not back[~positive].any()
     assert np.abs(back[positive] / values[positive] - 1).max() < error
+
+
+@given(values=st.floats(0, 200, allow_subnormal=False).flatmap(spread))
+def test_below_what_is_in_reach_most_scales_keep_their_byte(values):
+    positive = values[values > 0]
+    most = reach(values)
+
+    def kept(top: float) -> int:
+        back = unpack_scales(*pack_scales(np.minimum(positive, top), "x"))
+        return int((np.abs(back / positive - 1) < 0.012).sum())
+
+    if len(positive):
+        assert all(kept(most) >= kept(top) for top in positive)
+    else:
+        assert most == float("inf")
 
 
 def test_scales_out_of_reach_go_to_the_nearer_of_bottom_and_zero():
