@@ -6,16 +6,17 @@
 
 Fashion-MNIST, one dense network, three seeds (calibration images and search). `--searcher` and
 `uniform` (its whole grid: every distinct keep ratio x every bit-width) have the same evaluator and
-the same recovery: reconstruction on 1,024 unlabelled training images, no training at all. Of each,
-schedules of its front are recovered anew and measured on the validation images that no search saw,
-smallest first; the first one within 1 point of the dense network is written, read back from the
-disk and measured on the test split, once. Bytes are the file's.
+the same recovery: reconstruction on 1,024 unlabelled training images; and, in rows `trained`, as
+many steps as the rivals behind it, on the same images and answers of the dense network, no labels.
+Of each, schedules of its front are recovered anew, written, read back and measured on the
+validation images that no search saw, by halves until the smallest within 1 point of the dense
+network is found; that one is measured on the test split, once. Bytes are the file's.
 
 Torch-Pruning cuts to one ratio (25, 50, 70 and 85 % of the channels go, by weights or by Taylor,
 whichever validates better), is trained for `--steps` steps of 128 images towards the answers of the
-dense network, which ours is not, and goes to onnxruntime's static int8, its file without metadata.
-The best ratio is the smallest file within 1 point on the same validation images; if none is, the
-most accurate one, and the row says so.
+dense network, and goes to onnxruntime's static int8, its file without metadata. The best ratio is
+the smallest file within 1 point on the same validation images; if none is, the most accurate one,
+and the row says so.
 
 FastNAS (nvidia-modelopt) is treated likewise at the squares of those ratios, its shares of the
 parameters. It is measured where it is installed:
@@ -23,7 +24,9 @@ parameters. It is measured where it is installed:
     uv run --with nvidia-modelopt --with torchprofile==0.0.4 --with huggingface_hub python -m \
         benchmarks.density --networks vgg19
 
-density   test accuracy (%) per 10^6 bytes;  gain  ours / theirs - 1, at the accuracy floor
+density   test accuracy (%) per 10^6 bytes;  gain  ours / theirs - 1, at the accuracy floor: of each
+          the smaller of its files with and without training; `gain_untrained`, `gain_trained`: both
+          without, both with
 """
 
 from __future__ import annotations
@@ -48,8 +51,9 @@ from rlcompress.core.data import Split
 from rlcompress.core.files import read_lines
 from rlcompress.core.pareto import archive_front
 from rlcompress.core.problem import Problem
-from rlcompress.core.schedule import Record, performance_density
-from rlcompress.core.train import distill, teach, top1
+from rlcompress.core.schedule import Record, Schedule, performance_density
+from rlcompress.core.ticket import Lesson, Task
+from rlcompress.core.train import Recipe, distill, teach, top1
 from rlcompress.searchers import Settings, find, in_process
 from rlcompress.searchers.uniform import grid
 from rlcompress.stages.workspace import Workspace
@@ -57,8 +61,11 @@ from rlcompress.stages.workspace import Workspace
 FLOOR = 1.0
 IMAGES, FIT_IMAGES, STEP_IMAGES = 256, 1024, 128
 CHECK_SEED = 10_000
-#: Points below the floor, on the search's own images, from where a schedule is not tried.
-MARGIN = 2.0
+#: Points below the floor, on the search's own images, from where a schedule is not tried; and if
+#: it is to be trained.
+MARGIN, TRAINED_MARGIN = 2.0, 10.0
+#: Of training.
+RATE = 0.02
 KEEPS = (0.75, 0.5, 0.3, 0.15)
 #: And what their figures are called.
 RIVALS = {"torch-pruning": "gain_vs_torch_pruning", "fastnas": "gain_vs_fastnas"}
@@ -73,29 +80,46 @@ def searched(problem: Problem, name: str, settings: Settings) -> list[Record]:
 
 
 def smallest(
-    run: Workspace, fresh: Problem, model: nn.Module, records: Sequence[Record], held: Split
+    run: Workspace,
+    fresh: Problem,
+    model: nn.Module,
+    records: Sequence[Record],
+    held: Split,
+    lesson: Lesson | None,
 ) -> dict[str, Any]:
-    """The smallest of the front within the floor on `held`, as its written file; with the test
-    split's answer."""
+    """The smallest of the front within the floor on `held`, found by halves, as its written file;
+    with the test split's answer. Recovered anew, then trained with the lesson if there is one."""
     dense = top1(model, held)
-    front = archive_front(records)
-    rough = max(r.measurement.accuracy for r in front) - (FLOOR + MARGIN) / 100
-    tried = 0
-    best: tuple[float, Record] | None = None
-    for record in (r for r in front if r.measurement.accuracy >= rough):
-        tried += 1
-        small = core.fitted_network(model, fresh.evaluator, record.schedule)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "weights.safetensors"
-            core.write_network(path, small, fresh.network, run.ref, record.schedule)
-            read, size = core.load_artifact(path), path.stat().st_size
-        accuracy = top1(read, held)
-        if best is None or accuracy > best[0]:
-            best = accuracy, record
-        if accuracy >= dense - FLOOR / 100:
-            return {"ok": True, "tried": tried, **_judged(read, size, accuracy, run)}
-    assert best is not None
-    return {"ok": False, "tried": tried, "validation": best[0], "bytes": best[1].measurement.bytes}
+    margin = MARGIN if lesson is None else TRAINED_MARGIN
+    front = sorted(archive_front(records), key=lambda r: r.measurement.bytes)
+    rough = max(r.measurement.accuracy for r in front) - (FLOOR + margin) / 100
+    front = [r for r in front if r.measurement.accuracy >= rough]
+    low, high = 0, len(front)  # what is below low fails, high and above it pass
+    tried: list[tuple[float, nn.Module, int]] = []
+    while low < high:
+        middle = (low + high) // 2
+        read, size = written(run, fresh, model, front[middle].schedule, lesson)
+        tried.append((top1(read, held), read, size))
+        passed = tried[-1][0] >= dense - FLOOR / 100
+        low, high = (low, middle) if passed else (middle + 1, high)
+    good = [t for t in tried if t[0] >= dense - FLOOR / 100]
+    accuracy, read, size = min(good, key=lambda t: t[2]) if good else max(tried, key=lambda t: t[0])
+    return {"ok": bool(good), "tried": len(tried), **_judged(read, size, accuracy, run)}
+
+
+def written(
+    run: Workspace, fresh: Problem, model: nn.Module, schedule: Schedule, lesson: Lesson | None
+) -> tuple[nn.Module, int]:
+    """What the file of a schedule reads as, and its bytes."""
+    small = core.fitted_network(model, fresh.evaluator, schedule)
+    if lesson is not None:
+        task = Task(small, fresh.network, schedule)
+        *_, last = task.train(lesson)
+        small = task.result(last)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        core.write_network(path, small, fresh.network, run.ref, schedule)
+        return core.load_artifact(path), path.stat().st_size
 
 
 def _judged(model: nn.Module, size: int, validation: float, run: Workspace) -> dict[str, Any]:
@@ -160,7 +184,7 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     about = {"key": f"{identity(run)} {options.evaluations} {options.steps}", "seed": seed}
     done = {row["method"] for row in rows.rows if {**row, **about} == row}
     wanted = ["uniform", options.searcher, *rivals()]
-    methods = [m for m in wanted if m not in done]
+    methods = [m for m in wanted if not {m, m if m in RIVALS else f"{m} trained"} <= done]
     if not methods:
         return
     known = bundle(run, seed=seed, fit_images=IMAGES, score_images=IMAGES)
@@ -169,6 +193,14 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     problem = known.problem()
     fit = run.data.train.sample(FIT_IMAGES, CHECK_SEED + seed).images().numpy()
     few = replace(known, fit_NCHW=fit, score_NCHW=known.score_NCHW[:16], cache_bytes=0)
+    lesson = Lesson.of(
+        run.data.train.sample(options.steps * STEP_IMAGES, seed + 1),
+        held.take(torch.arange(1000)),
+        Recipe(1, STEP_IMAGES, RATE, distill=1.0),
+        seed,
+        model,
+        device="cpu",
+    )
     assert known.labels_N is not None
     fresh = replace(few, labels_N=known.labels_N[:16], precision="float32").problem()
     target = run.experiment.search.target
@@ -179,16 +211,18 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
                 if "test" in row:
                     best = row
                 rows.append({**about, "network": network, "method": f"{method} ratio", **row})
-            found = best
+            rows.append({**about, "network": network, "method": method, **dense, **best})
+            print(f"{network} seed {seed} {method}: {best}", flush=True)
         else:
             low = target[0] / 2 if method == "uniform" else target[0]
             settings = Settings(options.evaluations, (low, target[1]), seed, options.sensitivity)
             records = searched(problem, method, settings)
             small = [r for r in records if problem.dense.bytes / r.measurement.bytes >= low]
-            found = smallest(run, fresh, model, small, held)
-            found["evaluations"] = len(records)
-        rows.append({**about, "network": network, "method": method, **dense, **found})
-        print(f"{network} seed {seed} {method}: {found}", flush=True)
+            for name, taught in ((method, None), (f"{method} trained", lesson)):
+                found = smallest(run, fresh, model, small, held, taught)
+                found = {"evaluations": len(records), **dense, **found}
+                rows.append({**about, "network": network, "method": name, **found})
+                print(f"{network} seed {seed} {name}: {found}", flush=True)
 
 
 def summarise(options: argparse.Namespace) -> None:
@@ -203,29 +237,41 @@ def summarise(options: argparse.Namespace) -> None:
         everything += rows
         by = {(r["method"], r["seed"]): r for r in rows if r.get("density")}
         seeds = sorted({seed for method, seed in by if method == options.searcher})
-        ours = {seed: by[options.searcher, seed] for seed in seeds}
-        for method in (options.searcher, "uniform", *RIVALS):
+        best = {
+            (method, seed): min(both, key=lambda r: (not r["ok"], r["bytes"]))
+            for seed in seeds
+            for method in (options.searcher, "uniform", *RIVALS)
+            if (both := [by[m, seed] for m in (method, f"{method} trained") if (m, seed) in by])
+        }
+        for method in dict.fromkeys(method for method, _ in by):
             mine = [by[method, seed] for seed in seeds if (method, seed) in by]
-            if not mine:
-                continue
-            ratio = results.figure([r["dense_bytes"] / r["bytes"] for r in mine], "times smaller")
-            points = [100 * (r["test"] - r["dense_test"]) for r in mine]
-            figures[f"ratio_{method.replace('-', '_')}_{network}"] = ratio
-            figures[f"points_{method.replace('-', '_')}_{network}"] = results.figure(
-                points, "points against dense, test"
+            name = method.replace("-", "_").replace(" ", "_")
+            figures[f"ratio_{name}_{network}"] = results.figure(
+                [r["dense_bytes"] / r["bytes"] for r in mine], "times smaller"
             )
-        for method, name in (("uniform", "gain"), *RIVALS.items()):
-            gains = [
-                ours[seed]["density"] / by[method, seed]["density"] - 1
+            figures[f"points_{name}_{network}"] = results.figure(
+                [100 * (r["test"] - r["dense_test"]) for r in mine],
+                "points against dense, test",
+            )
+        ours = options.searcher
+        for name, table, mine, theirs in (
+            ("gain", best, ours, "uniform"),
+            ("gain_untrained", by, ours, "uniform"),
+            ("gain_trained", by, f"{ours} trained", "uniform trained"),
+            *((name, best, ours, method) for method, name in RIVALS.items()),
+        ):
+            pairs = [
+                (table[mine, seed], table[theirs, seed])
                 for seed in seeds
-                if (method, seed) in by
+                if (mine, seed) in table and (theirs, seed) in table
             ]
-            if gains:
-                theirs = [by[method, seed] for seed in seeds if (method, seed) in by]
+            if pairs:
                 unit = "density, ours / theirs - 1"
-                if not all(row["ok"] for row in theirs):
+                if not all(row["ok"] for _, row in pairs):
                     unit += " (theirs is not within a point: its most accurate one)"
-                figures[f"{name}_{network}"] = results.figure(gains, unit)
+                figures[f"{name}_{network}"] = results.figure(
+                    [own["density"] / row["density"] - 1 for own, row in pairs], unit
+                )
     for name, value in figures.items():
         sd = f" ± {value['sd']:.2f}" if value["sd"] is not None else ""
         print(f"{name:40}{value['value']:9.2f}{sd}  {value['unit']}  (n = {value['n']})")
@@ -241,7 +287,7 @@ def main() -> None:
     parser.add_argument("--searcher", default="knapsack")
     parser.add_argument("--sensitivity", default="refitted")
     parser.add_argument("--evaluations", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=100, help="of Torch-Pruning's training")
+    parser.add_argument("--steps", type=int, default=100, help="of training")
     parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
     options = parser.parse_args()
     if options.quick:

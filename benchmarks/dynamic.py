@@ -172,7 +172,7 @@ def settings_of(network: str, options: argparse.Namespace) -> dict[str, list[lis
         "open": targets,
         "static": grid,
         "gradual": grid,
-        "search": targets[1:3] if len(targets) > 2 else targets,
+        "search": targets[1:] or targets,
     }
     return {arm: known[arm] for arm in options.arms.split(",")}
 
