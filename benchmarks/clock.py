@@ -16,17 +16,23 @@ from rlcompress.rl.module import PolicyModule
 CLOCK = "clock"
 #: Seconds of this process so far.
 _totals: dict[str, float] = defaultdict(float)
+_running: set[str] = set()
 
 
 def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function; its seconds are added to `name`."""
+    """The same function; its seconds are added to `name`, once where one of that name calls
+    another."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if name in _running:
+            return function(*args, **kwargs)
+        _running.add(name)
         begun = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
+            _running.remove(name)
             _totals[name] += time.perf_counter() - begun
 
     return wrapper
@@ -62,6 +68,7 @@ class TimedRecords(CompressionCallbacks):
         _time_methods("environment", env, "step", "reset")
         _time_methods("policy", PolicyModule, "forward_exploration")
         sample = env_runner.sample
+        _totals.clear()  # RLlib resets the environments before it samples
 
         def begin(*args: Any, **kwargs: Any) -> Any:
             self.begun = time.perf_counter()
