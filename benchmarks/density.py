@@ -10,7 +10,8 @@ the same recovery: reconstruction on 1,024 unlabelled training images; and, in r
 many steps as the rivals behind it, on the same images and answers of the dense network, no labels.
 Of each, schedules of its front are recovered anew, written, read back and measured on the
 validation images that no search saw, by halves until the smallest within 1 point of the dense
-network is found; that one is measured on the test split, once. Bytes are the file's.
+network is found (rows `half`: within half a point, untrained); that one is measured on the test
+split, once. Bytes are the file's.
 
 Torch-Pruning cuts to one ratio (25, 50, 70 and 85 % of the channels go, by weights or by Taylor,
 whichever validates better), is trained for `--steps` steps of 128 images towards the answers of the
@@ -58,7 +59,7 @@ from rlcompress.searchers import Settings, find, in_process
 from rlcompress.searchers.uniform import grid
 from rlcompress.stages.workspace import Workspace
 
-FLOOR = 1.0
+FLOOR, HALF = 1.0, 0.5
 IMAGES, FIT_IMAGES, STEP_IMAGES = 256, 1024, 128
 CHECK_SEED = 10_000
 #: Points below the floor, on the search's own images, from where a schedule is not tried; and if
@@ -86,13 +87,14 @@ def smallest(
     records: Sequence[Record],
     held: Split,
     lesson: Lesson | None,
+    floor: float,
 ) -> dict[str, Any]:
-    """The smallest of the front within the floor on `held`, found by halves, as its written file;
-    with the test split's answer. Recovered anew, then trained with the lesson if there is one."""
-    dense = top1(model, held)
+    """The smallest of the front within `floor` points on `held`, found by halves, as its written
+    file; with the test split's answer. Recovered anew, then trained if there is a lesson."""
+    least = top1(model, held) - floor / 100
     margin = MARGIN if lesson is None else TRAINED_MARGIN
     front = sorted(archive_front(records), key=lambda r: r.measurement.bytes)
-    rough = max(r.measurement.accuracy for r in front) - (FLOOR + margin) / 100
+    rough = max(r.measurement.accuracy for r in front) - (floor + margin) / 100
     front = [r for r in front if r.measurement.accuracy >= rough]
     low, high = 0, len(front)  # what is below low fails, high and above it pass
     tried: list[tuple[float, nn.Module, int]] = []
@@ -100,9 +102,9 @@ def smallest(
         middle = (low + high) // 2
         read, size = written(run, fresh, model, front[middle].schedule, lesson)
         tried.append((top1(read, held), read, size))
-        passed = tried[-1][0] >= dense - FLOOR / 100
+        passed = tried[-1][0] >= least
         low, high = (low, middle) if passed else (middle + 1, high)
-    good = [t for t in tried if t[0] >= dense - FLOOR / 100]
+    good = [t for t in tried if t[0] >= least]
     accuracy, read, size = min(good, key=lambda t: t[2]) if good else max(tried, key=lambda t: t[0])
     return {"ok": bool(good), "tried": len(tried), **_judged(read, size, accuracy, run)}
 
@@ -176,6 +178,14 @@ def rivals() -> list[str]:
     return [name for name in RIVALS if name != "fastnas"]
 
 
+def rows_of(method: str, lesson: Lesson | None) -> list[tuple[str, Lesson | None, float]]:
+    """(name, training, floor) of what is measured of a method."""
+    if method in RIVALS:
+        return [(method, lesson, FLOOR)]
+    rows = [(method, None, FLOOR), (f"{method} trained", lesson, FLOOR)]
+    return rows if method == "uniform" else [*rows, (f"{method} half", None, HALF)]
+
+
 def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     """What is missing of one seed."""
     run = workspace(EXPERIMENTS[network])
@@ -184,7 +194,7 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     about = {"key": f"{identity(run)} {options.evaluations} {options.steps}", "seed": seed}
     done = {row["method"] for row in rows.rows if {**row, **about} == row}
     wanted = ["uniform", options.searcher, *rivals()]
-    methods = [m for m in wanted if not {m, m if m in RIVALS else f"{m} trained"} <= done]
+    methods = [m for m in wanted if not {name for name, *_ in rows_of(m, None)} <= done]
     if not methods:
         return
     known = bundle(run, seed=seed, fit_images=IMAGES, score_images=IMAGES)
@@ -218,8 +228,10 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
             settings = Settings(options.evaluations, (low, target[1]), seed, options.sensitivity)
             records = searched(problem, method, settings)
             small = [r for r in records if problem.dense.bytes / r.measurement.bytes >= low]
-            for name, taught in ((method, None), (f"{method} trained", lesson)):
-                found = smallest(run, fresh, model, small, held, taught)
+            for name, taught, floor in rows_of(method, lesson):
+                if name in done:
+                    continue
+                found = smallest(run, fresh, model, small, held, taught, floor)
                 found = {"evaluations": len(records), **dense, **found}
                 rows.append({**about, "network": network, "method": name, **found})
                 print(f"{network} seed {seed} {name}: {found}", flush=True)
