@@ -247,7 +247,7 @@ def summarise(options: argparse.Namespace) -> None:
         key = f"{identity(workspace(experiment))} {options.evaluations} {options.steps}"
         rows = [row for row in read_lines(path) if row["key"] == key]
         everything += rows
-        by = {(r["method"], r["seed"]): r for r in rows if r.get("density")}
+        by = {(r["method"], r["seed"]): r for r in rows if "dense_bytes" in r}
         seeds = sorted({seed for method, seed in by if method == options.searcher})
         best = {
             (method, seed): min(both, key=lambda r: (not r["ok"], r["bytes"]))
