@@ -1,9 +1,9 @@
 """The `ppo` searcher: RLlib's PPO trains the policy by playing compression episodes.
 
-Of the evaluations, the first pay for the prior's sensitivities where these are to be measured, a
-few are the untrained policy's own schedules (the prior's, so the search is never below its prior),
-most are training episodes at random sizes, and the last ones
-are the trained policy's best guesses over the sizes.
+Of the evaluations, the first pay for the prior's sensitivities where these are to be measured; then
+come the untrained policy's own schedules over the sizes (the prior's, so that the search is not
+below its prior at any of them), training episodes at random sizes, and in the end the trained
+policy's best guesses.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from rlcompress.rl.transfer import prepared
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers.base import Settings, in_process, probed, targets
 
-#: Share of the evaluations for the untrained and for the trained policy's own schedules.
-FIRST, LAST = 0.05, 0.15
+#: Share of the evaluations for the untrained and for the trained policy's own schedules, and how
+#: many of the former at most: more sizes than that differ by a few channels.
+FIRST, LAST = 0.4, 0.15
+MOST_FIRST = 24
 REGISTERED = "rlcompress-environment"
 #: Between two times that the policy is written, where iterations are shorter.
 SAVE_SECONDS = 1.0
@@ -78,7 +80,7 @@ def search(
     total, count = settings.evaluations, max(len(history), len(spent))
     resumed = count > len(spent) and (folder / "policy.json").exists()
     free = total - len(spent)
-    first = len(spent) + min(free, max(1, round(FIRST * free)))
+    first = len(spent) + min(free, MOST_FIRST, max(1, round(FIRST * free)))
     last = min(total - first, max(1, round(LAST * free)))
     batch = episodes_of(ppo, total - first - last)
     # Whole iterations only: an episode that is played is an episode in the archive.
