@@ -21,14 +21,15 @@ KEEPS = (1.0, 0.6, 0.3)
 BITS = (2, 4, 8)
 
 
-def toy_network(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+def toy_network(num_classes: int = 10, in_channels: int = 1, dropout: float = 0.0) -> nn.Module:
     """Three convolutions and a head."""
     widths = (8, 12, 16)
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise((in_channels, *widths)):
         conv = nn.Conv2d(before, after, 3, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)]
+    flat = nn.Sequential(nn.Flatten(), nn.Dropout(dropout)) if dropout else nn.Flatten()
+    layers += [nn.AdaptiveAvgPool2d(1), flat, nn.Linear(widths[-1], num_classes)]
     return nn.Sequential(*layers)
 
 

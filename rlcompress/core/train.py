@@ -7,6 +7,7 @@ an undisturbed one does (on one device and thread count). Checkpoints are safete
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,6 +263,14 @@ def train(
     return curve
 
 
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's own generators, which dropout draws from, on this seed; then as they were before."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def distill(
     model: nn.Module,
     images: torch.Tensor,
@@ -277,10 +286,11 @@ def distill(
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        index = torch.randperm(len(images), generator=generator)[:batch].to(images.device)
-        loss = imitation(model(images[index]), taught[index])
-        descend(optimizer, loss, lr * one_cycle(step, steps))
+    with seeded(seed, images.device):
+        for step in range(steps):
+            index = torch.randperm(len(images), generator=generator)[:batch].to(images.device)
+            loss = imitation(model(images[index]), taught[index])
+            descend(optimizer, loss, lr * one_cycle(step, steps))
     model.eval()
 
 

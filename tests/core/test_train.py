@@ -12,7 +12,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.structure import build_network
 from rlcompress.core.tensors import load_tensors
-from rlcompress.core.train import Recipe, logits_of, measure, top1, train
+from rlcompress.core.train import Recipe, distill, logits_of, measure, teach, top1, train
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,17 @@ def test_logits_and_measurement_of_a_split(split):
     assert measured.kl == pytest.approx(0, abs=1e-6)
     assert measured.accuracy == top1(model, split)
     assert measured.bytes == cost.bytes
+
+
+def test_lessons_of_a_few_steps_repeat_to_the_bit(split):
+    """With dropout, whatever else draws random numbers."""
+    taught = teach(small_network(5).eval(), split)
+
+    def weights(draws: int) -> dict[str, torch.Tensor]:
+        model = small_network(1)
+        torch.rand(draws)
+        distill(model, split.images(), taught, 3, seed=2)
+        return model.state_dict()
+
+    first, second = weights(1), weights(2)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -75,6 +75,24 @@ def test_the_same_seed_plays_the_same_episode_after_any_other(env):
     assert first[2] == again[2]
 
 
+def test_what_dropout_drops_is_the_episodes_own(training):
+    """Not a matter of what else in the process draws random numbers."""
+    ref = replace(training.ref, args={"dropout": 0.5})
+    trainer = Trainer(replace(training, ref=ref))
+
+    def losses(seed: int) -> list[float]:
+        trainer.begin(4.0, seed)
+        return [trainer.minibatch() for _ in range(4)]
+
+    before = torch.get_rng_state()
+    first = losses(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert losses(3) == first
+    assert losses(4) != first
+    assert len(set(first)) == 4
+
+
 def test_the_networks_that_branch_share_their_beginning(env):
     a, _ = env.reset(seed=1, options={"target": 6.0})
     b, _ = env.reset(seed=2, options={"target": 6.0})
