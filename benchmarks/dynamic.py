@@ -60,7 +60,7 @@ from rlcompress.core.training import Trainer
 from rlcompress.stages.workspace import Workspace
 
 FLOOR = 1.0
-TARGETS = {"vgg19": (20.0, 40.0, 60.0, 80.0), "mobilenetv2": (8.0, 12.0, 16.0, 24.0)}
+TARGETS = {"vgg19": (20.0, 40.0, 60.0, 80.0), "mobilenetv2": (12.0, 16.0, 24.0, 36.0)}
 #: (keep, bits) of the static and the gradual rule.
 GRID = {
     "vgg19": ((1.0, 4), (0.85, 4), (0.7, 4), (0.55, 4), (0.4, 4), (0.3, 4)),
