@@ -60,7 +60,7 @@ class TimedRecords(CompressionCallbacks):
     """
 
     def on_environment_created(
-        self, *, env_runner: Any, metrics_logger: Any, env: Any, env_context: Any, **kwargs: Any
+        self, *, env_runner: Any, env: Any, env_context: Any, **kwargs: Any
     ) -> None:
         super().on_environment_created(env_runner=env_runner, env=env, env_context=env_context)
         _time_methods("evaluator", IncrementalEvaluator, "advance", "finish")

@@ -154,6 +154,7 @@ def goals(target: Target, count: int, seed: int) -> list[float]:
 
 def sampled_schedules(known: Bundle, target: Target, count: int) -> list[Schedule]:
     """Of episodes on another problem, so that nothing of them is cached in the timed one."""
+    assert known.labels_N is not None
     cheap = replace(known, recovery="bn", score_NCHW=known.score_NCHW[:8])
     cheap = replace(cheap, fit_NCHW=known.fit_NCHW[:8], labels_N=known.labels_N[:8])
     env = gym.make(ENVIRONMENT, problem=cheap.problem(), target=target)

@@ -34,7 +34,7 @@ import copy
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -149,7 +149,11 @@ class Comparison:
         packed = logits_of(artifact.model, self.test)
         self.add(method, "packed", path, model, packed)
         parts = artifact.model, artifact.bits, artifact.scales, self.fit.images(slice(CALIBRATE))
-        for kind, activations in (("onnx", "float"), ("int8 onnx", "int8")):
+        kinds: tuple[tuple[str, Literal["float", "int8"]], ...] = (
+            ("onnx", "float"),
+            ("int8 onnx", "int8"),
+        )
+        for kind, activations in kinds:
             written = folder / f"{activations}.onnx"
             try:
                 file = export_onnx(*parts, written, activations=activations)

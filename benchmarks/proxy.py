@@ -102,6 +102,7 @@ class Judge:
     def full(self) -> Problem:
         """The full recovery's fit, with the same estimates, so that the same channels survive."""
         fit = self._run.data.train.sample(FIT_IMAGES, self._settings.seed).images().numpy()
+        assert self._base.labels_N is not None
         score, labels = self._base.score_NCHW[:16], self._base.labels_N[:16]
         few = replace(self._base, score_NCHW=score, labels_N=labels)
         return replace(few, fit_NCHW=fit, recovery="reconstruct").problem()

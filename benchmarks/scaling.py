@@ -240,7 +240,8 @@ def broadcast() -> dict[str, Any]:
                 ray.get(references[0]).sum()
                 return time.perf_counter() - begun
 
-        actors = [Far.remote(), Far.remote()]
+        far: Any = Far
+        actors = [far.remote(), far.remote()]
         ray.get([actor.get.remote([ray.put(np.ones(1))]) for actor in actors])
         rows = []
         for size in SIZES_MB:
@@ -282,10 +283,10 @@ def summarise(rows: list[dict[str, Any]], run: Workspace) -> None:
         rate = {(r["processes"], r["seed"]): r[count] / r["clocked"] for r in of(part)}
         return [v / rate[1, s] for (n, s), v in rate.items() if n == 2 and (1, s) in rate]
 
-    if found := speedup("search", "episodes"):
-        figures["two_runner_speedup"] = results.figure(found, "times the episodes a second")
-    if found := speedup("alone", "evaluations"):
-        figures["machine_speedup"] = results.figure(found, "times the evaluations a second")
+    if times := speedup("search", "episodes"):
+        figures["two_runner_speedup"] = results.figure(times, "times the episodes a second")
+    if times := speedup("alone", "evaluations"):
+        figures["machine_speedup"] = results.figure(times, "times the evaluations a second")
     if found := of("search", processes=1):
         figures["runner_episodes_per_s"] = results.figure(
             [r["episodes"] / r["clocked"] for r in found], "episodes a second of one env runner"
@@ -357,9 +358,11 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", help="one of them, in this process")
     options = parser.parse_args()
     if options.part:
-        name, *words = options.part
-        parts = {"driver": driver, "alone": alone, "first": first, "broadcast": broadcast}
-        return print(json.dumps(parts[name](*map(int, words))))
+        name, *numbers = options.part
+        parts: dict[str, Callable[..., Any]] = {
+            "driver": driver, "alone": alone, "first": first, "broadcast": broadcast,
+        }  # fmt: skip
+        return print(json.dumps(parts[name](*map(int, numbers))))
     if options.quick:
         options.seeds, options.episodes, options.taken = "1", 40, 5000
     run = workspace(overhead.EXPERIMENT)

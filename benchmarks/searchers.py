@@ -131,6 +131,7 @@ class Problems:
         """The same choices, channels and clips on images that no search has seen."""
         fit = self.run.data.train.sample(CHECK_FIT_IMAGES, CHECK_SEED + self.seed)
         few = replace(self.known, score_NCHW=self.known.score_NCHW[:16], cache_bytes=0)
+        assert self.known.labels_N is not None
         few = replace(few, labels_N=self.known.labels_N[:16])
         return replace(few, fit_NCHW=fit.images().numpy()).problem()
 

@@ -163,9 +163,9 @@ def scale_curve(seeds: list[int]) -> list[dict[str, Any]]:
                 named = "all" if count == len(rest) else count
                 taught = [known[name] for name in order[:count]]
                 add(taught, judged, seed=seed, networks=named, samples="all")
-            for count, lessons in fewer.items():
+            for samples, lessons in fewer.items():
                 taught = [lessons[name] for name in rest]
-                add(taught, judged, seed=seed, networks="all", samples=count)
+                add(taught, judged, seed=seed, networks="all", samples=samples)
     return rows
 
 
