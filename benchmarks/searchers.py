@@ -15,6 +15,9 @@ volume    hypervolume of (log size ratio, accuracy) above the low end of the tar
           1,024 other training images and measured on the validation images held back
 ratio     dense bytes / least bytes within 1 point of dense, `checked`
 
+`--score`: what the searches go by, and whose front is checked. Figures of another than `kl` end
+with its name.
+
 `ppo100_minus_best100_NETWORK`: relative difference of the checked volume, paired by seed, between
 ppo and whichever other searcher has the best mean.
 
@@ -23,6 +26,7 @@ Every evaluation is a line of runs/searchers-NETWORK-SEED.jsonl as soon as it is
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -59,17 +63,19 @@ CHECK_SEED = 10_000
 REFERENCE, WORTH, GOOD = 10.0, 10.0, 1.0
 MOST_CHECKED = 12
 Target = tuple[float, float]
+SCORES = ("kl", "unexplained")
 
 
 def path_of(network: str, seed: int) -> Path:
     return Path("runs") / f"searchers-{network}-{seed}.jsonl"
 
 
-def key_of(run: Workspace, sensitivity: str) -> str:
+def key_of(run: Workspace, sensitivity: str, score: str = "kl") -> str:
     low, high = run.experiment.search.target
     # What is estimated has changed since the first rows were measured.
     kind = {"estimated": "solved"}.get(sensitivity, sensitivity)
-    return f"{identity(run)} {IMAGES} {low:g}-{high:g} {kind}"
+    by = "" if score == "kl" else f" {score}"
+    return f"{identity(run)} {IMAGES} {low:g}-{high:g} {kind}{by}"
 
 
 def short(run: Workspace) -> str:
@@ -120,9 +126,12 @@ class Problems:
 
     run: Workspace
     seed: int
+    score: str = "kl"
 
     def __post_init__(self) -> None:
-        self.known = bundle(self.run, seed=self.seed, fit_images=IMAGES, score_images=IMAGES)
+        self.known = bundle(
+            self.run, seed=self.seed, fit_images=IMAGES, score_images=IMAGES, score=self.score
+        )
         self.problem = self.known.problem()
         self.model = self.known.model().to(memory_format=torch.channels_last)
         self.held_back = held_back(self.run, seed=self.seed, score_images=IMAGES)
@@ -150,11 +159,15 @@ def own_records(rows: Iterable[dict[str, Any]], name: str, budget: int) -> list[
 
 
 def worth_checking(
-    records: Sequence[Record], most_bytes: float, floor: float, most: int = MOST_CHECKED
+    records: Sequence[Record],
+    most_bytes: float,
+    floor: float,
+    most: int = MOST_CHECKED,
+    score: str = "kl",
 ) -> list[Record]:
     """At most `most` of the front at the `floor` of accuracy, evenly over it."""
     small = [r for r in records if r.measurement.bytes <= most_bytes]
-    front = [r for r in archive_front(small) if r.measurement.accuracy >= floor]
+    front = [r for r in archive_front(small, score) if r.measurement.accuracy >= floor]
     count = min(most, len(front))
     return [front[round(i)] for i in np.linspace(0, len(front) - 1, count)]
 
@@ -167,11 +180,12 @@ def measure(
     sensitivity: str,
     runners: int,
     folder: Path,
+    score: str = "kl",
 ) -> None:
     """Searches and checks what is missing of one seed."""
     run = workspace(EXPERIMENTS[network])
     torch.set_num_threads(1)
-    key, target = key_of(run, sensitivity), run.experiment.search.target
+    key, target = key_of(run, sensitivity, score), run.experiment.search.target
     rows = results.Rows(path_of(network, seed))
 
     def mine() -> list[dict[str, Any]]:
@@ -183,7 +197,7 @@ def measure(
             for row in mine()
         )
 
-    problems = Problems(run, seed)
+    problems = Problems(run, seed, score)
     if not any(row["kind"] == "dense" for row in mine()):
         accuracy = top1(problems.model, problems.held_back)
         whole = problems.problem.dense
@@ -208,7 +222,7 @@ def measure(
         all_records = own_records(mine(), name, budget)
         dense = problems.problem.dense
         largest, floor = dense.bytes / target[0], dense.accuracy - WORTH / 100
-        for record in worth_checking(all_records, largest, floor):
+        for record in worth_checking(all_records, largest, floor, score=score):
             digest = record.schedule.digest()
             if digest not in checked:
                 accuracy = problems.check(fresh, record.schedule)
@@ -229,7 +243,9 @@ def volume(points: Sequence[tuple[float, float]], dense: float, target: Target) 
     return float(area / ((high - low) * (dense - floor)))
 
 
-def judge(rows: Sequence[dict[str, Any]], target: Target) -> list[dict[str, Any]]:
+def judge(
+    rows: Sequence[dict[str, Any]], target: Target, score: str = "kl"
+) -> list[dict[str, Any]]:
     """A row for each finished search of one seed."""
     (dense,) = (row for row in rows if row["kind"] == "dense")
     accuracy = {row["digest"]: row["accuracy"] for row in rows if row["kind"] == "checked"}
@@ -241,7 +257,7 @@ def judge(rows: Sequence[dict[str, Any]], target: Target) -> list[dict[str, Any]
         ratios = [dense["bytes"] / r.measurement.bytes for r in records]
         searched = [(x, r.measurement.accuracy) for x, r in zip(ratios, records, strict=True)]
         floor = dense["searched"] - WORTH / 100
-        worth = worth_checking(records, dense["bytes"] / target[0], floor)
+        worth = worth_checking(records, dense["bytes"] / target[0], floor, score=score)
         checked = [
             (dense["bytes"] / r.measurement.bytes, accuracy[r.schedule.digest()]) for r in worth
         ]
@@ -263,21 +279,24 @@ def summarise(budget: int, sensitivity: str) -> None:
     """Prints the tables and writes the result file, of all that is measured so far."""
     figures: dict[str, Any] = {}
     everything: list[dict[str, Any]] = []
-    for network, experiment in EXPERIMENTS.items():
+    for (network, experiment), score in itertools.product(EXPERIMENTS.items(), SCORES):
         paths = sorted(Path("runs").glob(f"searchers-{network}-*.jsonl"))
-        if not paths:
-            continue
         run = workspace(experiment)
-        key, target = key_of(run, sensitivity), run.experiment.search.target
+        key, target = key_of(run, sensitivity, score), run.experiment.search.target
         rows: list[dict[str, Any]] = []
         for path in paths:
-            seed = int(path.stem.rpartition("-")[2])
             mine = [row for row in read_lines(path) if row["key"] == key]
             if any(row["kind"] == "done" for row in mine):
-                rows += [{"network": network, "seed": seed, **row} for row in judge(mine, target)]
-        _picture(network, paths[0], key, target, budget)
+                about = {"network": network, "seed": int(path.stem.rpartition("-")[2])}
+                rows += [{**about, "score": score, **row} for row in judge(mine, target, score)]
+        if not rows:
+            continue
+        if score == "kl":
+            _picture(network, paths[0], key, target, budget)
         everything += rows
-        figures |= _figures(network, rows, budget)
+        end = "" if score == "kl" else f"_{score}"
+        print(f"\nscore: {score}", end="")
+        figures |= {f"{k}{end}": v for k, v in _figures(network, rows, budget).items()}
     for name, value in figures.items():
         sd = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
         print(f"{name:36}{value['value']:8.3f}{sd}  {value['unit']}  (n = {value['n']})")
@@ -355,6 +374,7 @@ def main() -> None:
         choices=("estimated", "measured", "refitted"),
         help="of knapsack, local and ppo; their probes are among their evaluations",
     )
+    parser.add_argument("--score", default="kl", choices=SCORES)
     parser.add_argument("--env-runners", type=int, default=0, help="of ppo; 0 = in this process")
     parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
     options = parser.parse_args()
@@ -365,7 +385,10 @@ def main() -> None:
             folder = Path("runs") / f"searchers-{network}-{seed}"
             names = options.searchers.split(",")
             budget, kind = options.evaluations, options.sensitivity
-            measure(network, int(seed), names, budget, kind, options.env_runners, folder)
+            if options.score != "kl":
+                folder = folder.with_name(f"{folder.name}-{options.score}")
+            runners, score = options.env_runners, options.score
+            measure(network, int(seed), names, budget, kind, runners, folder, score)
         summarise(options.evaluations, options.sensitivity)
     if options.summary:
         summarise(options.evaluations, options.sensitivity)
