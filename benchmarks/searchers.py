@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -287,12 +288,13 @@ def summarise(budget: int, sensitivity: str) -> None:
         for path in paths:
             mine = [row for row in read_lines(path) if row["key"] == key]
             if any(row["kind"] == "done" for row in mine):
-                about = {"network": network, "seed": int(path.stem.rpartition("-")[2])}
+                seed = int(path.stem.rpartition("-")[2])
+                if score == "kl" and path == paths[0]:
+                    _picture(network, run, seed, budget, mine)
+                about = {"network": network, "seed": seed}
                 rows += [{**about, "score": score, **row} for row in judge(mine, target, score)]
         if not rows:
             continue
-        if score == "kl":
-            _picture(network, paths[0], key, target, budget)
         everything += rows
         end = "" if score == "kl" else f"_{score}"
         print(f"\nscore: {score}", end="")
@@ -304,21 +306,36 @@ def summarise(budget: int, sensitivity: str) -> None:
         print(results.write("searchers", figures, everything), flush=True)
 
 
-def _picture(network: str, path: Path, key: str, target: Target, budget: int) -> None:
-    """`results/searchers-NETWORK.png`: all that one seed's searchers measured in the target range,
-    on the images that scored the search."""
-    rows = [row for row in read_lines(path) if row["key"] == key]
-    if not rows:
-        return
+def _picture(
+    network: str, run: Workspace, seed: int, budget: int, rows: list[dict[str, Any]]
+) -> None:
+    """`results/searchers-NETWORK.png`: one seed's fronts as checked, on the validation images held
+    back; and the smallest ticket within a point that `benchmarks.density` has of that seed."""
     (dense,) = (row for row in rows if row["kind"] == "dense")
-    records = [record for name in SEARCHED for record in own_records(rows, name, budget)]
-    records = [r for r in records if r.measurement.bytes <= dense["bytes"] / target[0]]
-    if not records:
-        return
-    whole = replace(
-        records[0].measurement, bytes=dense["bytes"], accuracy=dense["searched"], kl=0.0
-    )
-    save_bytes(results.FOLDER / f"searchers-{network}.png", to_png(front_figure(records, whole)))
+    accuracy = {row["digest"]: row["accuracy"] for row in rows if row["kind"] == "checked"}
+    records = [
+        replace(record, measurement=replace(record.measurement, accuracy=checked))
+        for name in SEARCHED
+        for record in own_records(rows, name, budget)
+        if (checked := accuracy.get(record.schedule.digest())) is not None
+    ]
+    if not any(record.searcher == "uniform" for record in records):
+        return  # nothing to compare with
+    whole = replace(records[0].measurement, bytes=dense["bytes"], accuracy=dense["checked"], kl=0.0)
+    key = f"{identity(run)} {budget} "
+    made = [
+        row
+        for row in read_lines(Path("runs") / f"density-{network}.jsonl")
+        if row["key"].startswith(key) and row["seed"] == seed and row.get("ok")
+        if row["method"] in ("knapsack", "knapsack trained")
+    ]
+    tickets = []
+    for row in sorted(made, key=lambda row: row["bytes"])[:1]:
+        m = replace(whole, bytes=row["bytes"], accuracy=row["validation"], kl=math.nan)
+        ratio = whole.bytes / m.bytes
+        tickets.append({"searcher": "knapsack", "ratio": ratio, "ticket": m.to_dict()})
+    picture = to_png(front_figure(records, whole, tickets))
+    save_bytes(results.FOLDER / f"searchers-{network}.png", picture)
 
 
 def _figures(network: str, rows: list[dict[str, Any]], budget: int) -> dict[str, Any]:
