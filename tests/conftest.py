@@ -13,4 +13,4 @@ settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
-from tests.mistakes import rlcompress  # noqa: E402, F401 (a fixture)
+from tests.mistakes import rlcompress, searched  # noqa: E402, F401 (fixtures)

@@ -53,3 +53,24 @@ def assert_told(told: Told, says: str, code: int = 2, lines: int = 1) -> None:
     assert says in told.err, told.err
     assert "Traceback" not in told.out + told.err
     assert len(told.err.strip().splitlines()) == lines, told.err
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory) -> Path:
+    """A run folder with a dense network and four schedules."""
+    folder = tmp_path_factory.mktemp("searched")
+    (folder / "experiments.yaml").write_text(EXPERIMENTS)
+    words = ("--file", str(folder / "experiments.yaml"), "--out", str(folder / "run"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(("search", "tiny", *words))
+    assert not caught.value.code
+    return folder / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the log, and the spec that each command writes anew."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("log.txt", "spec.yaml", "lock")
+    }

@@ -206,7 +206,8 @@ DATASETS = {
         "(1, 3, 16, 16)",
     ),
     "one split": ("def make(): return images(64)", "returns train, validation and test"),
-    "no labels": ("def make(): return [[x for x, _ in images(64)]] * 3", "pairs of an image"),
+    "no labels": ("def make(): return [[x for x, _ in images(64)]] * 3", "dense.weights = FILE"),
+    "no tensors": ("def make(): return [[(3, y) for _, y in images(64)]] * 3", "pairs of an image"),
     "labels that are words": (
         "def make(): return [[(x, 'cat') for x, _ in images(64)]] * 3",
         "the label 'cat'",

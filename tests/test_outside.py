@@ -9,39 +9,19 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from rlcompress import cli
 from rlcompress.core.policy import Policy, PolicyShape, save_policy
 from rlcompress.core.tensors import save_tensors
 from rlcompress.lock import Lock
-from tests.mistakes import EXPERIMENTS, assert_told
+from tests.mistakes import EXPERIMENTS, assert_told, contents
 from tests.shell import ROOT
 from tests.shell import rlcompress as shell
 from tests.toy import toy_network
-
-
-@pytest.fixture(scope="session")
-def searched(tmp_path_factory) -> Path:
-    """A run folder with a dense network and four schedules."""
-    folder = tmp_path_factory.mktemp("searched")
-    (folder / "experiments.yaml").write_text(EXPERIMENTS)
-    words = ("--file", str(folder / "experiments.yaml"), "--out", str(folder / "run"))
-    with pytest.raises(SystemExit) as caught:
-        cli.main(("search", "tiny", *words))
-    assert not caught.value.code
-    return folder / "run"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the log, and the spec that each command writes anew."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("log.txt", "spec.yaml", "lock")
-    }
 
 
 def second_line(text: str, line: str) -> str:
@@ -156,7 +136,7 @@ def weights(kind: str) -> Path:
 
 
 WEIGHTS = {
-    "missing": "No such file",
+    "missing": "no such file",
     "text": "dense.weights = ",
     "other": "dense.weights = ",
     "pickle": "dense.weights = ",
@@ -320,12 +300,44 @@ def test_mlflow_nowhere(rlcompress, uri):
     assert not Path("typo.db").exists()
 
 
-def test_mlflow_unreachable_after_a_training_run(rlcompress, searched, closed_port):
+@pytest.fixture
+def answers_once():
+    """The address of a server that says that MLflow knows no experiment, and is gone."""
+
+    class Once(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_POST = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Once)
+
+    def serve() -> None:
+        server.handle_request()
+        server.server_close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def test_mlflow_unreachable_after_a_training_run(rlcompress, searched, answers_once):
     shutil.copytree(searched, "runs/tiny")
-    words = ("--set", f"tracking.uri=http://127.0.0.1:{closed_port}")
-    told = rlcompress("dynamic", "tiny", *words)
+    told = rlcompress("dynamic", "tiny", "--set", f"tracking.uri={answers_once}")
     assert_told(told, "all results are in runs/tiny; the same command tries MLflow", 3, lines=2)
     assert json.loads(Path("runs/tiny/dynamic/ticket.json").read_text())["id"]
+
+
+@pytest.mark.parametrize("verb", ["run", "dynamic", "tune"])
+def test_mlflow_unreachable_is_told_before_anything_is_trained(rlcompress, verb, closed_port):
+    uri = f"http://127.0.0.1:{closed_port}"
+    words = ("--set", f"tracking.uri={uri}", "--set", "tune.space={ppo.gamma: {grid: [0.9]}}")
+    assert_told(rlcompress(verb, "tiny", *words), f"MLflow at {uri}: ", code=3)
+    assert not Path("runs").exists()
 
 
 @pytest.mark.ray

@@ -191,12 +191,12 @@ def test_compress_is_the_whole_job_and_other_verbs_go_on_from_it(tmp_path):
     model = ("--model", "tests.toy:toy_network", "--data", "digits", "--evaluations", "3")
     done = rlcompress(tmp_path, "compress", *model, "--target", "5x", *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs" / "toy_network"
+    run = tmp_path / "runs" / "toy-toy_network-digits-5x"
     (ticket,) = (json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json"))
     assert ticket["ratio"] >= 5.0
     assert ticket["searcher"] == "transfer"
-    again = ("report", "toy_network", "--file", str(run / "experiments.yaml"), "--out", str(run))
-    assert rlcompress(tmp_path, *again, *words).returncode == 0
+    again = ("report", run.name, "--file", str(run / "experiments.yaml"), "--out", str(run))
+    assert rlcompress(tmp_path, *again).returncode == 0
 
 
 def test_compress_tells_all_mistakes_at_once_and_writes_nothing(tmp_path):
@@ -207,5 +207,5 @@ def test_compress_tells_all_mistakes_at_once_and_writes_nothing(tmp_path):
     assert 'did you mean "vgg19"?' in first
     assert 'did you mean "digits"?' in second
     done = rlcompress(tmp_path, "compress", *words, "--target", "0.5x")
-    assert done.stderr.startswith("--target 0.5x: must be a number above 1")
+    assert done.stderr.startswith("--target 0.5x: times fewer bytes; allowed: a number above 1")
     assert list(tmp_path.iterdir()) == []

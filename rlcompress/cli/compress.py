@@ -20,8 +20,16 @@ ROOM = 1.1
 def _ratio(text: str) -> float:
     """20, 20x, 7.5x -> a size ratio."""
     if not re.fullmatch(r"\d+(\.\d+)?x?", text) or (ratio := float(text.rstrip("x"))) <= 1:
-        raise UserError(f"--target {text}: must be a number above 1 such as 20x, times fewer bytes")
+        raise UserError(
+            f"--target {text}: times fewer bytes; allowed: a number above 1, such as 20x or 7.5"
+        )
     return ratio
+
+
+def _name(model: str, data: str, target: str) -> str:
+    """Of the experiment and its folder: what differs in one of these is another run."""
+    words = [text.replace(":", "-").rpartition(".")[2] for text in (model, data)]
+    return re.sub(r"[^\w-]", "_", "-".join([*words, target]))
 
 
 @app.command()
@@ -50,7 +58,9 @@ def compress(
     sets: Sets = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="The run folder.  [default: runs/FACTORY]"),
+        typer.Option(
+            "--out", metavar="DIR", help="The run folder.  [default: runs/MODEL-DATA-TARGET]"
+        ),
     ] = None,
 ) -> None:
     """Make one network small: model, data and a target in, a ticket out.
@@ -59,9 +69,13 @@ def compress(
     rlcompress compress --model vgg19 --data digits --target 20x --set model.args.width=0.25
     rlcompress compress --model mynet:build --data mydata:load --target 20x --weights mynet.pt
     """
-    from rlcompress import spec
+    from rlcompress import spec, stages
+    from rlcompress.core.models import find_factory
+    from rlcompress.stages.preflight import Problems, require_possible
 
-    ratio = _ratio(target)
+    problems = Problems()
+    ratio = _ratio(target) if problems.none_in(lambda: _ratio(target)) else 20.0
+    name = _name(model, data, f"{ratio:g}x")
     content: dict[str, Any] = {
         "description": f"rlcompress compress --target {target}",
         "model": {"factory": model},
@@ -75,17 +89,22 @@ def compress(
             "target": [ratio, round(ROOM * ratio, 3)],
         },
     }
-    name = re.sub(r"\W", "-", model.rpartition(":")[2]) or "network"
     folder = out or Path("runs") / name
-    # An experiments file of its own: with it every other verb works on this run.
-    path = folder / "experiments.yaml"
-    experiment = spec.resolve(spec.single(Path("compress"), name, content), name, sets or ())
     check_folder(folder)
+    try:
+        experiment = spec.resolve(spec.single(Path("compress"), name, content), name, sets or ())
+    except UserError as error:
+        problems.lines += str(error).splitlines()
+        for factory in (model, data):
+            if ":" in factory:  # of other names `resolve` has told
+                problems.none_in(lambda name=factory: find_factory(name, {}))  # type: ignore[misc]
+    else:
+        # An experiments file of its own: with it every other verb works on this run.
+        path = folder / "experiments.yaml"
+        run = stages.Run(name, experiment, folder, ["--file", str(path), "--out", str(folder)])
+        problems.none_in(lambda: require_possible(run.workspace))
+    problems.tell()
     interrupt.folder = folder
     folder.mkdir(parents=True, exist_ok=True)
-    spec.write_single(path, name, content)
-    words = ["--file", str(path), *(word for text in sets or () for word in ("--set", text))]
-
-    from rlcompress import stages
-
-    stages.Run(name, experiment, folder, [*words, "--out", str(folder)]).run()
+    spec.write_single(path, name, experiment.model_dump(mode="json", exclude_unset=True))
+    run.run()

@@ -12,7 +12,7 @@ import gzip
 import struct
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,24 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
+    """Without labels (`labelled` false) `num_classes` is 0 and all labels are 0, until `answered`
+    names what a network answers."""
+
     train: Split
     validation: Split
     test: Split
     num_classes: int
+    labelled: bool = True
+
+    def answered(self, answer: Callable[[Split], torch.Tensor]) -> Data:
+        """With what the dense network answers as the labels of validation and test: accuracy is
+        agreement with it then. `answer`: a split -> logits (N, classes)."""
+        logits = {name: answer(getattr(self, name)).cpu() for name in ("validation", "test")}
+        parts = {
+            name: replace(getattr(self, name), labels_N=logits_NK.argmax(1))
+            for name, logits_NK in logits.items()
+        }
+        return replace(self, num_classes=logits["test"].shape[1], **parts)
 
     def example(self) -> torch.Tensor:
         """One normalised image (1, C, H, W)."""
@@ -180,26 +194,31 @@ BUILT_IN: Mapping[str, Callable[..., Data]] = {
 }
 
 
-def _tensors(dataset: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _tensors(dataset: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images and labels of a split; no labels where the items are images alone."""
     try:
         items = [dataset[i] for i in range(len(dataset))]
     except Exception as error:  # the user's own code raises what it likes
         raise UserError(f"data: the {name} split cannot be read: {blame(error)}") from error
     if not items:
         raise UserError(f"data: the {name} split is empty")
-    for item in items:
+    alone = all(isinstance(item, torch.Tensor) for item in items)
+    pairs = [(item, None) for item in items] if alone else items
+    for item in pairs:
         if not (
             isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], torch.Tensor)
         ):
             raise UserError(
                 f"data: the {name} split has a {type(item).__name__}; allowed: pairs of an image "
-                "tensor (C, H, W) and a label"
+                "tensor (C, H, W) and a label, or image tensors alone"
             )
-    shapes = {tuple(image.shape) for image, _ in items}
+    shapes = {tuple(image.shape) for image, _ in pairs}
     if len(shapes) > 1:
         raise UserError(f"data: the {name} split has images of varying shape: {sorted(shapes)[:3]}")
-    labels = torch.tensor([_label(label, name) for _, label in items])
-    return torch.stack([image for image, _ in items]), labels
+    images = torch.stack([image for image, _ in pairs])
+    if all(label is None for _, label in pairs):
+        return images, None
+    return images, torch.tensor([_label(label, name) for _, label in pairs])
 
 
 def _label(label: Any, name: str) -> int:
@@ -238,7 +257,7 @@ def _sound(data: Data) -> Data:
         elif raw.is_floating_point() and not bool(raw.isfinite().all()):
             number = int((~raw.isfinite().flatten(1).all(1)).nonzero()[0])
             found.append(f"data: image {number} of the {name} split has values that are not finite")
-    if len(data.train.labels_N) and len(data.train.labels_N.unique()) < 2:
+    if data.labelled and len(data.train) and len(data.train.labels_N.unique()) < 2:
         only = int(data.train.labels_N[0])
         found.append(
             f"data: the train split has only one class ({only}); there is nothing to tell apart"
@@ -252,7 +271,7 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
     """The data set that a built-in name or `"pkg.mod:factory"` names.
 
     A user's factory returns `Data`, or three map-style data sets (train, validation, test) of
-    (image tensor (C, H, W), label). Raises UserError on anything else.
+    (image tensor (C, H, W), label), or of such images alone. Raises UserError on anything else.
     """
     function = find_factory(factory, BUILT_IN)
     try:
@@ -267,7 +286,15 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
         raise UserError(f'data "{factory}": a factory returns train, validation and test data sets')
     names = ("train", "validation", "test")
     parts = [_tensors(dataset, name) for dataset, name in zip(made, names, strict=True)]
-    classes = int(max(labels.max() for _, labels in parts)) + 1
+    with_labels = [
+        name for name, (_, labels) in zip(names, parts, strict=True) if labels is not None
+    ]
+    if len(with_labels) not in (0, 3):
+        raise UserError(
+            f"data: labels in {', '.join(with_labels)} only; allowed: in all or in none"
+        )
     # The user's own transform has normalised these images already.
-    train, validation, test = (Split(images, labels) for images, labels in parts)
-    return _sound(Data(train, validation, test, classes))
+    splits = [Split(x, torch.zeros(len(x), dtype=torch.long) if y is None else y) for x, y in parts]
+    classes = max(int(split.labels_N.max()) for split in splits) + 1 if with_labels else 0
+    train, validation, test = splits
+    return _sound(Data(train, validation, test, classes, labelled=bool(with_labels)))

@@ -193,8 +193,9 @@ def build_model(
 ) -> nn.Module:
     """The network, freshly initialised from `seed`, in eval mode, its attention as plain layers.
 
-    `num_classes` and `in_channels` come from the data and are passed where the factory takes
-    them and `args` does not name them. Raises UserError if the factory refuses its arguments.
+    `num_classes` (if known: not 0) and `in_channels` come from the data and are passed where the
+    factory takes them and `args` does not name them. Raises UserError if the factory refuses its
+    arguments.
     """
     function = find_factory(factory, BUILT_IN)
     known = inspect.signature(function).parameters
@@ -204,6 +205,8 @@ def build_model(
             kwargs[name] = value
     if "in_channels" not in known:
         kwargs.pop("in_channels", None)
+    if not num_classes:
+        kwargs.pop("num_classes", None)
     kwargs.update(args)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -29,7 +29,7 @@ from rlcompress.stages.deliver import (
     tracker_of,
 )
 from rlcompress.stages.dense import train_dense
-from rlcompress.stages.policies import policy_of
+from rlcompress.stages.preflight import require_possible
 from rlcompress.stages.search import print_front, search_all, searched
 from rlcompress.stages.ticket import make_tickets
 from rlcompress.stages.workspace import Workspace
@@ -38,12 +38,8 @@ __all__ = ["Run", "Workspace"]
 
 
 def _prepare(run: Workspace) -> None:
-    """Ray takes many seconds to start and RLlib to import; dense training hides it. A network that
-    cannot be compressed, a policy that is not there, and a cluster that does not answer, are told
-    before."""
-    policy_of(run)
-    if not (run.folder / "dense" / "metrics.json").exists():
-        run.require_reachable()
+    """Ray takes many seconds to start and RLlib to import; dense training hides it. A cluster that
+    does not answer is told before."""
     ppo, search = run.experiment.ppo, run.experiment.search
     on_ray = "ppo" in (search.searcher, *search.baselines)
     if (run.folder / "tracked.json").exists() or not (on_ray or run.has_workers()):
@@ -108,6 +104,7 @@ class Run:
     def search(self, *, as_json: bool = False) -> None:
         w = self.workspace
         with json_only(as_json):
+            require_possible(w, tracked=False)
             with _working(w, w.begin()):
                 _prepare(w)
                 train_dense(w)
@@ -131,8 +128,8 @@ class Run:
         from rlcompress.stages import tune
 
         tune.require_space(w)
+        require_possible(w)
         with _working(w, w.begin()):
-            w.require_reachable()
             train_dense(w)
             trials = tune.tune(w)
             tune.track_trials(w, trials)
@@ -141,6 +138,7 @@ class Run:
     def transfer(self) -> None:
         """A search by a policy from elsewhere, and its front on the terminal."""
         w = self.workspace
+        require_possible(w, tracked=False)
         with _working(w, w.begin()):
             _prepare(w)
             train_dense(w)
@@ -164,6 +162,7 @@ class Run:
         w = self.workspace
         from rlcompress.stages import dynamic
 
+        require_possible(w, searches=False)
         with _working(w, w.begin()):
             train_dense(w)
             ticket = dynamic.compress_in_training(w)
@@ -196,6 +195,7 @@ class Run:
         """All stages, then the last lines: dense -> ticket. What cannot be exported to ONNX is
         told at the end: it keeps nobody from the ticket."""
         w, problems = self.workspace, list[UserError]()
+        require_possible(w)
         with _working(w, w.begin()):
             _prepare(w)
             train_dense(w)

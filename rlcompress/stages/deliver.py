@@ -197,11 +197,12 @@ def last_lines(run: Workspace) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("test split", "dense", "ticket", ""):
         table.add_column(column, justify="left" if column == "test split" else "right")
+    measure = "accuracy" if run.data.labelled else "agreement with dense"
     points = 100 * (small["accuracy"] - dense["accuracy"])
     accuracies = (f"{dense['accuracy']:.2%}", f"{small['accuracy']:.2%}")
     densities = (f"{dense['density']:.1f}", f"{small['density']:.1f}")
     rows = [
-        ("accuracy", *accuracies, f"{points:+.2f} points"),
+        (measure, *accuracies, f"{points:+.2f} points"),
         ("bytes on disk", *_fewer(dense, small, "bytes")),
         ("MACs", *_fewer(dense, small, "macs")),
         ("density, %/MB", *densities, f"{small['density'] / dense['density']:.1f}x"),

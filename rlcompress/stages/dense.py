@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import nn
-
 from rlcompress.core.cost import CostModel
-from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.files import read_json, save_json
 from rlcompress.core.schedule import Schedule
-from rlcompress.core.tensors import load_tensors, save_tensors
+from rlcompress.core.tensors import save_tensors
 from rlcompress.core.train import Recipe, logits_of, measure, train
 from rlcompress.live import stage
-from rlcompress.spec import spec_hash
-from rlcompress.stages.workspace import DENSE_INPUTS, Workspace
+from rlcompress.stages.weights import load_weights
+from rlcompress.stages.workspace import Workspace
 
 
 def train_dense(run: Workspace) -> dict[str, Any]:
     """Trains the dense network, loads `dense.weights`, or finds it; its metrics. Loaded weights are
     their own rewind point: an earlier one is not known."""
     e, folder = run.experiment, run.folder / "dense"
-    inputs = spec_hash(e, *DENSE_INPUTS)
+    inputs = run.dense_inputs()
     path = folder / "metrics.json"
+    run.exchange(folder, path.name, inputs)
     if path.exists():
-        metrics: dict[str, Any] = read_json(path)
-        if metrics["inputs"] == inputs:
-            return metrics
-        run.set_aside(folder)
+        known: dict[str, Any] = read_json(path)
+        return known
     # What cannot be compressed need not be trained.
     network = run.structure
     begun, d = time.monotonic(), e.dense
     model = run.ref.build(e.seed)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if d.weights:
-        _load(model, Path(d.weights))
+        load_weights(model, Path(d.weights))
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / "init.safetensors", initial)
     if d.weights or d.rewind_epoch == 0:
@@ -74,6 +67,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
     cost = CostModel(network).cost(Schedule())
     metrics = {
         "inputs": inputs,
+        "weights": run.weights_digest(),
         "seed": e.seed,
         "seconds": round(time.monotonic() - begun, 2),
         "curve": curve,
@@ -82,16 +76,3 @@ def train_dense(run: Workspace) -> dict[str, Any]:
     save_json(path, metrics)
     checkpoint.unlink(missing_ok=True)
     return metrics
-
-
-def _load(model: nn.Module, path: Path) -> None:
-    """A user's weights, in place; nothing in the file is executed. Raises UserError."""
-    try:
-        if path.suffix == ".safetensors":
-            state, _ = load_tensors(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, TypeError) as error:
-        raise UserError(f"dense.weights = {path}: {first_line(error)}") from error
-    model.eval()

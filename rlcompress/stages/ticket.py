@@ -75,7 +75,8 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
         return
 
     dense = run.network("trained").to(run.device)
-    share = DISTILLED if t.distill else 0.0
+    # Without labels the dense network's answers are all there is to learn from.
+    share = (DISTILLED if run.data.labelled else 1.0) if t.distill else 0.0
     recipe = Recipe(t.epochs, t.batch_size, t.lr, t.weight_decay, distill=share)
     lesson = Lesson.of(run.data.train, run.splits[2], recipe, e.seed, dense, e.device, arms=t.arms)
     evaluator = run.evaluator(dense, t.fit_images, run.splits[0], e.seed)

@@ -44,12 +44,8 @@ def tune(run: Workspace) -> list[Trial]:
     """Plays what is missing of all trials. Every record is a line of `tune/archive.jsonl` as soon
     as its trial has reported it, `tune/trials.json` says what the trials were."""
     e, folder = run.experiment, run.folder / "tune"
-    marker, policy = folder / "inputs.json", find_policy(run)
-    inputs = f"{run.tune_inputs()} {digest_of(policy)}"
-    if marker.exists() and read_json(marker)["inputs"] != inputs:
-        run.set_aside(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_json(marker, {"inputs": inputs})
+    policy = find_policy(run)
+    run.claim(folder, f"{run.tune_inputs()} {digest_of(policy)}")
     run.problem.require_reachable(e.search.target)
     trials = _known(run)
     if (folder / "trials.json").exists():

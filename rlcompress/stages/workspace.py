@@ -30,10 +30,12 @@ from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.sensitivity import Estimates, estimate
 from rlcompress.core.structure import build_network, require_logits
 from rlcompress.core.tensors import load_tensors
+from rlcompress.core.train import logits_of
 from rlcompress.live import console
 from rlcompress.lock import Lock
 from rlcompress.spec import Experiment, spec_hash, write_resolved
 from rlcompress.stages.storage import Storage
+from rlcompress.stages.weights import digest_of_file, load_weights
 
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
 MEASUREMENTS = "5"
@@ -110,13 +112,42 @@ class Workspace:
         path.rename(aside)
         console.print(f"{path} was made from other options: it is now {aside}")
 
+    def exchange(self, folder: Path, marker: str, inputs: str) -> None:
+        """Sets aside what other inputs made in `folder`, and brings back what these once made;
+        `marker`: the file there that names them."""
+
+        def is_ours(place: Path) -> bool:
+            path = place / marker
+            return path.exists() and bool(read_json(path)["inputs"] == inputs)
+
+        if (folder / marker).exists() and not is_ours(folder):
+            self.set_aside(folder)
+        if not folder.exists():
+            for aside in sorted((self.folder / "set-aside").glob(f"{folder.name}.*")):
+                if is_ours(aside):
+                    aside.rename(folder)
+                    console.print(f"{aside} was made from these options: it is {folder} again")
+                    return
+
     def claim(self, folder: Path, inputs: str) -> None:
         """Makes `folder` for results of these inputs; what others left there is set aside."""
-        marker = folder / "inputs.json"
-        if marker.exists() and read_json(marker)["inputs"] != inputs:
-            self.set_aside(folder)
+        self.exchange(folder, "inputs.json", inputs)
         folder.mkdir(parents=True, exist_ok=True)
-        save_json(marker, {"inputs": inputs})
+        save_json(folder / "inputs.json", {"inputs": inputs})
+
+    def weights_digest(self) -> str:
+        """What `dense.weights` holds, in twelve hex digits: the file may change under its name.
+        Where it is gone, what was loaded of it; "" without one."""
+        if not self.experiment.dense.weights:
+            return ""
+        path, known = Path(self.experiment.dense.weights), self.folder / "dense" / "metrics.json"
+        if path.is_file():
+            return digest_of_file(path)
+        return str(read_json(known).get("weights", "")) if known.exists() else ""
+
+    def dense_inputs(self) -> str:
+        """What the dense network depends on."""
+        return f"{spec_hash(self.experiment, *DENSE_INPUTS)}{self._weights()}"
 
     def search_inputs(self) -> str:
         """All that gives a measurement or a proposal its meaning; not how many there are."""
@@ -127,7 +158,11 @@ class Workspace:
         search = self.experiment.search
         rest = search.model_dump(mode="json", exclude=counted, exclude_defaults=True)
         hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration", "ppo")
-        return f"{MEASUREMENTS} {hashed} {json.dumps(rest, sort_keys=True)}"
+        return f"{MEASUREMENTS} {hashed}{self._weights()} {json.dumps(rest, sort_keys=True)}"
+
+    def _weights(self) -> str:
+        digest = self.weights_digest()
+        return f" {digest}" if digest else ""
 
     def ticket_inputs(self) -> str:
         """What a schedule's ticket depends on, beside the schedule; not how many there are."""
@@ -144,17 +179,33 @@ class Workspace:
     def dynamic_inputs(self) -> str:
         """What compression during training depends on."""
         names = (*DENSE_INPUTS, "calibration", "dynamic", "ppo", "search")
-        return f"{MEASUREMENTS} {spec_hash(self.experiment, *names)}"
+        return f"{MEASUREMENTS} {spec_hash(self.experiment, *names)}{self._weights()}"
 
     @functools.cached_property
     def data(self) -> Data:
-        spec = self.experiment.data
-        return build_data(spec.factory, spec.args)
+        """Raises UserError for data without labels, unless `dense.weights` answers for them."""
+        spec, weights = self.experiment.data, self.experiment.dense.weights
+        data = build_data(spec.factory, spec.args)
+        if data.labelled:
+            return data
+        if not weights:
+            raise UserError(
+                "data: no labels, so nothing can be trained on them: "
+                "give labels, or a trained network with dense.weights = FILE"
+            )
+        model = self._ref(data).build(self.experiment.seed)
+        load_weights(model, Path(weights))
+        model.to(self.device)
+        return data.answered(lambda split: logits_of(model, split))
 
     @functools.cached_property
     def ref(self) -> ModelRef:
-        spec, shape = self.experiment.model, self.data.train.raw_NCHW.shape[1:]
-        return ModelRef(spec.factory, dict(spec.args), self.data.num_classes, tuple(shape))
+        return self._ref(self.data)
+
+    def _ref(self, data: Data) -> ModelRef:
+        spec = self.experiment.model
+        shape = tuple(data.train.raw_NCHW.shape[1:])
+        return ModelRef(spec.factory, dict(spec.args), data.num_classes, shape)
 
     @functools.cached_property
     def structure(self) -> Network:

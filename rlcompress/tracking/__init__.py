@@ -13,7 +13,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 from rlcompress.tracking.listing import Found, find_tickets, show_ticket, stores
 from rlcompress.tracking.policies import POLICY, fetch_policy, register_policy
-from rlcompress.tracking.store import TrackingError, UnexportableError, prepare
+from rlcompress.tracking.store import TrackingError, UnexportableError, prepare, probe
 from rlcompress.tracking.tracker import Tracker
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "fetch_policy",
     "find_tickets",
     "prepare",
+    "probe",
     "register_policy",
     "show_ticket",
     "stores",

@@ -11,7 +11,11 @@ from urllib.parse import urlsplit
 
 import mlflow
 import sqlalchemy
+from mlflow.exceptions import MlflowException
+from requests import RequestException
 from sqlalchemy.exc import SQLAlchemyError
+
+from rlcompress.core.errors import first_line
 
 
 class TrackingError(RuntimeError):
@@ -25,6 +29,17 @@ class UnexportableError(TrackingError):
 def hidden(text: str) -> str:
     """The text without the passwords of URIs."""
     return re.sub(r"(://[^/@\s]*?):[^/@\s]*@", r"\1:***@", text)
+
+
+def probe(uri: str) -> None:
+    """Raises TrackingError if the server at `uri` does not answer; a database in a file needs no
+    asking."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except (MlflowException, RequestException) as error:
+        raise TrackingError(f"MLflow at {hidden(uri)}: {hidden(first_line(error))}") from error
 
 
 def prepare(run: Path, uri: str | None = None) -> None:

@@ -1,0 +1,95 @@
+"""What can be told before anything is written or trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from rlcompress.core.data import BUILT_IN as DATA
+from rlcompress.core.errors import OutsideError, UserError
+from rlcompress.core.files import read_json
+from rlcompress.core.models import BUILT_IN as MODELS
+from rlcompress.core.models import find_factory
+from rlcompress.stages.policies import policy_of
+from rlcompress.stages.weights import load_weights
+from rlcompress.stages.workspace import Workspace
+
+
+class Problems:
+    """The mistakes that several checks find."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def none_in(self, check: Callable[[], object]) -> bool:
+        """Whether the check passes; a mistake it raises is noted. What does not answer is raised
+        on: it says nothing of the options."""
+        try:
+            check()
+        except OutsideError:
+            raise
+        except UserError as error:
+            self.lines += [line for line in str(error).splitlines() if line not in self.lines]
+            return False
+        return True
+
+    def tell(self) -> None:
+        """Raises UserError with all that was noted."""
+        if self.lines:
+            raise UserError(*self.lines)
+
+
+def require_possible(run: Workspace, *, searches: bool = True, tracked: bool = True) -> None:
+    """Raises UserError with every mistake that shows before the first training: network, data,
+    weights, target, searchers, clipping rule, policy; and OutsideError where the MLflow server that
+    is named does not answer. Writes nothing, and builds no network that was built before."""
+    e, problems = run.experiment, Problems()
+    if searches:
+        for name in {e.search.searcher, *e.search.baselines, e.search.clip}:
+            if ":" in name:
+                problems.none_in(lambda name=name: find_factory(name, {}))  # type: ignore[misc]
+    if not _made(run, searches=searches):
+        known = [
+            problems.none_in(lambda: find_factory(e.data.factory, DATA)),
+            problems.none_in(lambda: find_factory(e.model.factory, MODELS)),
+        ]
+        if all(known) and problems.none_in(lambda: run.data):
+            _network(run, problems, searches=searches)
+    if "@" not in e.search.policy or not problems.lines:  # fetching one writes
+        problems.none_in(lambda: policy_of(run))
+    problems.tell()
+    uri = e.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if tracked and uri and not (run.folder / "tracked.json").exists():
+        from rlcompress.tracking import TrackingError, probe
+
+        try:
+            probe(uri)
+        except TrackingError as error:
+            raise OutsideError(str(error)) from error
+
+
+def _network(run: Workspace, problems: Problems, *, searches: bool) -> None:
+    e = run.experiment
+    if not run.data.labelled and not (searches and e.ticket.distill):
+        what = "ticket.distill = false" if searches else "dynamic"
+        problems.lines.append(f"{what}: needs labels, and the data have none")
+    if not problems.none_in(lambda: run.structure):
+        return
+    if searches:
+        problems.none_in(run.require_reachable)
+    if e.dense.weights and not _loaded(run):
+        model = run.ref.build(e.seed)
+        problems.none_in(lambda: load_weights(model, Path(e.dense.weights or "")))
+
+
+def _made(run: Workspace, *, searches: bool) -> bool:
+    """Whether the stages whose inputs are to be checked are there already."""
+    marker = run.folder / "search" / "inputs.json"
+    done = marker.exists() and read_json(marker)["inputs"] == run.search_inputs()
+    return _loaded(run) and (done or not searches)
+
+
+def _loaded(run: Workspace) -> bool:
+    path = run.folder / "dense" / "metrics.json"
+    return path.exists() and bool(read_json(path)["inputs"] == run.dense_inputs())

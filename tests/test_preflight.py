@@ -1,0 +1,190 @@
+"""What is told before anything is written, and what a corrected command finds again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlcompress.core.files import read_json
+from rlcompress.core.tensors import save_tensors
+from tests.mistakes import assert_told, contents
+from tests.toy import toy_network
+
+MISTAKES = {
+    "no weights": ("dense.weights=nope.pt", "no such file"),
+    "no data": ("data={factory: 'mistaken:data', args: {}}", "cannot import mistaken"),
+    "no model": ("model={factory: 'tests.toy:toy_netwrok', args: {}}", "toy_network"),
+    "out of reach": ("search.target=[4, 1000]", "is possible"),
+    "no searcher": ("search.searcher=mistaken:search", "cannot import mistaken"),
+    "no clip rule": ("search.clip=mistaken:clip", "cannot import mistaken"),
+}
+
+
+@pytest.mark.parametrize(("option", "says"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_moves_nothing(rlcompress, searched, option, says):
+    shutil.copytree(searched, "runs/tiny")
+    before = contents(Path("runs"))
+    assert_told(rlcompress("search", "tiny", "--set", option), says)
+    assert contents(Path("runs")) == before
+
+
+@pytest.mark.parametrize(("option", "says"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_makes_nothing(rlcompress, option, says):
+    assert_told(rlcompress("search", "tiny", "--set", option), says)
+    assert not Path("runs").exists()
+
+
+def test_mistakes_of_all_kinds_are_told_at_once(rlcompress):
+    options = ("search.clip=away:clip", "data={factory: 'gone:data', args: {}}")
+    options += ("model={factory: 'lost:net', args: {}}", "search.policy=nowhere")
+    words = [word for option in options for word in ("--set", option)]
+    told = rlcompress("search", "tiny", "--searcher", "untrained", *words)
+    for says in ("import away", "import gone", "import lost", "search.policy = nowhere"):
+        assert_told(told, says, lines=4)
+
+
+def test_what_other_options_set_aside_comes_back(rlcompress, searched):
+    shutil.copytree(searched, "runs/tiny")
+    before = contents(Path("runs/tiny"))
+    assert rlcompress("search", "tiny", "--set", "dense.lr=0.05").code == 0
+    assert rlcompress("search", "tiny").code == 0
+    after = contents(Path("runs/tiny"))
+    assert {name: after[name] for name in before} == before
+
+
+def weights(path: str, seed: int) -> str:
+    torch.manual_seed(seed)
+    save_tensors(Path(path), toy_network().state_dict())
+    return f"dense.weights={path}"
+
+
+def test_other_weights_under_the_same_name_are_another_network(rlcompress):
+    option = weights("w.safetensors", 0)
+    assert rlcompress("search", "tiny", "--set", option).code == 0
+    first = contents(Path("runs/tiny/dense"))["trained.safetensors"]
+    weights("w.safetensors", 1)
+    told = rlcompress("search", "tiny", "--set", option)
+    assert "set-aside/dense.1" in told.out + told.err
+    assert contents(Path("runs/tiny/dense"))["trained.safetensors"] != first
+    # What was loaded stands for a file that is gone.
+    Path("w.safetensors").unlink()
+    again = rlcompress("search", "tiny", "--set", option)
+    assert again.code == 0, again.err
+    assert "made from other options" not in again.out + again.err
+
+
+def state(**changes: object) -> dict[str, object]:
+    return {**toy_network().state_dict(), **changes}
+
+
+UNFIT = {
+    "a key less": (lambda: dict(list(state().items())[1:]), "missing: 0.weight"),
+    "a key more": (lambda: state(other=torch.zeros(1)), "not in the network: other"),
+    "another head": (lambda: toy_network(5).state_dict(), "--set model.args.num_classes=5"),
+    "not finite": (lambda: state(**{"1.bias": torch.full((8,), torch.nan)}), "not finite: 1.bias"),
+    "a tensor": (lambda: torch.zeros(3), "holds a Tensor"),
+    "a list": (lambda: [torch.zeros(3)], "holds a list"),
+    "a whole network": (toy_network, "allowed: .safetensors, or a state dict"),
+}
+
+
+@pytest.mark.parametrize(("make", "says"), UNFIT.values(), ids=UNFIT)
+def test_weights_that_do_not_fit(rlcompress, make, says):
+    torch.save(make(), "w.pt")
+    assert_told(rlcompress("search", "tiny", "--set", "dense.weights=w.pt"), says)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_files_that_hold_no_weights(rlcompress, name, content):
+    Path(name).write_bytes(content)
+    told = rlcompress("search", "tiny", "--set", f"dense.weights={name}")
+    assert_told(told, f"dense.weights = {name}: not readable as weights")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    ],
+    ids=["a checkpoint", "distributed"],
+)
+def test_weights_as_trainers_write_them(rlcompress, wrap):
+    torch.save(wrap(toy_network().state_dict()), "w.pt")
+    assert rlcompress("search", "tiny", "--set", "dense.weights=w.pt").code == 0
+
+
+UNLABELLED = """
+from rlcompress.core.data import digits
+
+def images():
+    data = digits(size=16)
+    return [list(s.images()) for s in (data.train, data.validation, data.test)]
+
+def some_labelled():
+    train, validation, test = images()
+    return train, validation, [(x, 3) for x in test]
+"""
+
+
+@pytest.fixture
+def unlabelled(rlcompress):
+    Path("bare.py").write_text(UNLABELLED)
+    return ("--set", "data={factory: 'bare:images', args: {}}")
+
+
+def test_no_labels_at_all(rlcompress, unlabelled):
+    """A trained network and images: a ticket, whose accuracy is agreement with that network."""
+    words = (*unlabelled, "--set", weights("w.safetensors", 0), "--set", "export.onnx=false")
+    told = rlcompress("run", "tiny", *words, "--set", "ticket.epochs=1")
+    assert told.code == 0, told.out + told.err
+    assert "agreement with dense" in told.out + told.err
+    (path,) = Path("runs/tiny/tickets").glob("*/ticket.json")
+    ticket = read_json(path)
+    assert ticket["dense"]["accuracy"] == 1.0
+    assert 0.1 < ticket["ticket"]["accuracy"] <= 1.0
+
+
+def test_no_labels_and_nothing_that_answers(rlcompress, unlabelled):
+    told = rlcompress("run", "tiny", *unlabelled)
+    assert_told(told, "data: no labels, so nothing can be trained on them")
+    told = rlcompress("dynamic", "tiny", *unlabelled, "--set", weights("w.safetensors", 0))
+    assert_told(told, "dynamic: needs labels")
+    told = rlcompress("run", "tiny", "--set", "data={factory: 'bare:some_labelled', args: {}}")
+    assert_told(told, "labels in test only")
+    assert not Path("runs").exists()
+
+
+def test_compress_writes_what_it_was_asked(rlcompress):
+    """Its experiments file holds the --set too: other verbs find its run with the file alone."""
+    sets = ("data.args.size=16", "ticket.epochs=1", "export.onnx=false", "ticket.fit_images=64")
+    sets += ("calibration.fit_images=64", "calibration.score_images=64", "ppo.num_env_runners=0")
+    words = ["--model", "tests.toy:toy_network", "--data", "digits", "--evaluations", "2"]
+    words += ["--target", "5", "--weights", "w.safetensors"]
+    weights("w.safetensors", 0)
+    told = rlcompress("compress", *words, *(word for text in sets for word in ("--set", text)))
+    assert told.code == 0, told.out + told.err
+    run = Path("runs/toy-toy_network-digits-5x")
+    name = ("--file", str(run / "experiments.yaml"), "--out", str(run))
+    again = rlcompress("export", run.name, *name)
+    assert again.code == 0, again.err
+    (ticket,) = (json.loads(path.read_text()) for path in run.glob("tickets/*/ticket.json"))
+    assert ticket["ratio"] >= 5
+
+
+def test_compress_tells_mistakes_of_all_kinds_at_once(rlcompress):
+    words = ("--model", "nope:factory", "--data", "x", "--target", "20q", "--set", "search.foo=1")
+    told = rlcompress("compress", *words)
+    for says in ("--target 20q", "search.foo", "cannot import nope", "data.factory"):
+        assert_told(told, says, lines=4)
+    told = rlcompress("compress", *words[:4], "--target", "9x", "--weights", "nope.pt")
+    for says in ("cannot import nope", "data.factory"):
+        assert_told(told, says, lines=2)
+    assert not Path("runs").exists()
