@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.drifts import drifted
 from benchmarks.networks import bundle
-from rlcompress.core.dynamic import AnyPolicy
+from rlcompress.core.agents import AnyPolicy
 from rlcompress.core.fitted import fitted_network
 from rlcompress.core.pareto import archive_front
 from rlcompress.core.quant import float_weight

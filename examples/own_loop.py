@@ -66,6 +66,7 @@ def main() -> None:
         target=options.target,
         pace=rlcompress.Pace(warmup=100, recovery_steps=10, rounds=2, watch=20),
     )
+    print(f"{compressor.steps_needed} steps are needed for {options.target:g}x fewer bytes")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     first = 0
     if options.resume:

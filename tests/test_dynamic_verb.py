@@ -40,6 +40,9 @@ def test_one_training_run_leaves_a_ticket_and_is_not_repeated(tmp_path):
     assert weights.stat().st_size == ticket["ticket"]["bytes"]
     assert ticket["dense"]["bytes"] / ticket["ticket"]["bytes"] == ticket["ratio"] >= 8
     assert len(ticket["decisions"]) == 2 * 4
+    at_floor = ticket["validation"]["closed-loop"] >= ticket["validation"]["dense"] - 0.01
+    assert ticket["at_floor"] is at_floor
+    assert ("raise dynamic.final_steps or ticket.floor" in done.stdout) is not at_floor
     assert ticket["steps"] == 21 + 2 * 4 * 3 + 60
     model = load_artifact(weights, trust=["tests.toy:toy_network"])
     assert top1(model, digits(16).test) == ticket["ticket"]["accuracy"] > 0.8

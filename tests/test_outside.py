@@ -358,4 +358,5 @@ def test_more_gpus_than_there_are(tmp_path):
     done = shell(tmp_path, "search", "tiny", "--searcher", "ppo", *words)
     assert done.returncode == 2
     assert "1 env runners need 64 GPUs, this machine has" in done.stderr
+    assert "--set ppo.num_gpus_per_env_runner=" in done.stderr
     assert not (tmp_path / "runs" / "tiny" / "dense").exists()

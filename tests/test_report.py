@@ -194,6 +194,22 @@ def test_best_ticket_is_the_densest_at_the_floor(run: Path) -> None:
     assert page.row("cccc3333")[:2] == ["ppo", "70.00"]
 
 
+SHORT = (
+    "no ticket within ticket.floor = 1 points of dense (best -2.80 on validation): lower "
+    "search.target (--target of compress), raise search.episodes (--evaluations) or ticket.floor"
+)
+
+
+def test_a_missed_floor_stands_on_page_and_card(run: Path) -> None:
+    missed = make_ticket("cccc3333", "ppo", 0.90, 10_000)
+    assert SHORT in write_report(add(run, missed)).read_text()
+    bare = {"onnx": {}, "latency": {}}
+    assert f"**Below the accuracy floor**: {SHORT}.\n" in model_card(missed, "demo", SPEC, bare)
+    assert "ticket.floor =" not in model_card(PPO, "demo", SPEC, bare)
+    # A ticket at the floor goes before it, however large.
+    assert "ticket.floor =" not in write_report(add(run, PPO)).read_text()
+
+
 def test_page_needs_nothing_else(run: Path) -> None:
     path = write_report(add(run, PPO, UNIFORM))
     text, page = path.read_text(), Page(path)

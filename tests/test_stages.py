@@ -152,6 +152,36 @@ def test_the_last_lines_say_before_and_after(ran):
     assert "report/index.html" in ran[1]
 
 
+def test_a_missed_floor_is_the_last_line_and_another_floor_makes_no_other_ticket(ran, tmp_path):
+    shutil.copytree(ran[0], tmp_path / "copy")
+    run = tmp_path / "copy" / "runs" / "tiny"
+
+    def tickets() -> dict[str, dict]:
+        found = (json.loads(p.read_text()) for p in run.glob("tickets/*/ticket.json"))
+        return {t["id"]: t for t in found}
+
+    # Written by hand: training decides what is within a floor.
+    for ticket in tickets().values():
+        ticket["validation"]["dense"] = 0.1 + max(ticket["validation"].values())
+        (run / "tickets" / ticket["id"] / "ticket.json").write_text(json.dumps(ticket))
+    told = command(tmp_path / "copy", "run", "tiny").stdout.splitlines()
+    assert re.fullmatch(
+        r"no ticket within ticket\.floor = 3 points of dense \(best -1\d\.\d\d on validation\): "
+        r"lower search\.target .* or ticket\.floor",
+        told[-1],
+    )
+    before = tickets()
+    assert not any(ticket["at_floor"] for ticket in before.values())
+    card = run / "tickets" / next(iter(before)) / "card.md"
+    assert "Below the accuracy floor" in card.read_text()
+    told = command(tmp_path / "copy", "run", "tiny", "--set", "ticket.floor=30").stdout
+    assert "ticket.floor =" not in told
+    after = tickets()
+    for name in before:
+        assert after[name] == {**before[name], "floor": 30.0, "at_floor": True}
+    assert "Below the accuracy floor" not in card.read_text()
+
+
 def test_the_champion_loads_by_the_documented_line(ran):
     run = (ran[0] / "runs" / "tiny").resolve()
     line = (
@@ -201,6 +231,27 @@ def tiny(ran, *overrides: str):
     file = spec.load_experiments(ran[0] / "experiments.yaml")
     experiment = spec.resolve(file, "tiny", list(overrides))
     return Workspace("tiny", experiment, ran[0] / "runs" / "tiny")
+
+
+def test_progress_says_what_nothing_has_reached_yet(ran, tmp_path):
+    from rlcompress.core.files import JsonLines
+    from rlcompress.live import Stage
+    from rlcompress.stages.search import Keeper
+
+    shown = []
+
+    class Shown(Stage):
+        def update(self, done: int, text: str) -> None:
+            shown.append(text)
+
+    record = tiny(ran).archive()[0]
+    dense = dataclasses.replace(record.measurement, accuracy=record.measurement.accuracy + 0.05)
+    with JsonLines(tmp_path / "archive.jsonl") as archive:
+        for points in (3, 6):
+            keep = Keeper(archive, Shown("search", 1), dense, dense.accuracy - points / 100)
+            keep(record)
+    assert shown[0] == f"front 1  none yet within 3 points of dense ({dense.accuracy - 0.03:.1%})"
+    assert shown[1].startswith("front 1  best ")
 
 
 def test_finalists_are_the_densest_of_the_front_that_may_reach_the_floor(ran):

@@ -14,29 +14,24 @@ masks as if they were not there, so the weights behind them learn on and a chann
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from rlcompress.core.agents import AnyPolicy, agent_of
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
 from rlcompress.core.fitted import CutNetwork
 from rlcompress.core.graph import Layer, Network
-from rlcompress.core.observation import (
-    ACTION_COLUMNS,
-    OBSERVATION_VERSION,
-    STATE_COLUMNS,
-    Live,
-    Observer,
-    Progress,
-)
-from rlcompress.core.policy import DEFAULT, Agent, Policy, PolicyShape
+from rlcompress.core.observation import Live, Observer, Progress
 from rlcompress.core.prior import Prior
 from rlcompress.core.schedule import BITS, FULL_PRECISION, KEEPS, Schedule
 from rlcompress.core.signals import Signals
@@ -45,9 +40,6 @@ from rlcompress.core.structure import build_network
 
 #: Of the prior's ladder, which is solved anew before every decision.
 RUNGS = 24
-
-
-AnyPolicy: TypeAlias = Agent | Policy | Path | str | None
 
 
 class DynamicCompressor:
@@ -60,17 +52,22 @@ class DynamicCompressor:
             compressor.step(loss)
         small = compressor.finalize()
 
+    The loop has to take `steps_needed` steps; the target is reached a little before.
+
     model          changed in place: its convolutions and linear layers get a parametrization.
-                   The optimizer may be made before or after: the parameters stay the same
+                   The optimizer may be made before or after: the parameters stay the same.
+                   Until `finalize` its state dict has `NAME.parametrizations.weight.original`
+                   for a layer's `NAME.weight`: load a checkpoint of that time into a model that
+                   has a compressor already
     example_input  (N, C, H, W)
     policy         "default", the one that comes with rlcompress; the folder of another; a `Policy`
                    or `Agent`; None for the knapsack answer on the live estimates alone
     target         size ratio: dense bytes / artifact bytes
-    pace           when decisions are taken
+    pace           when decisions are taken; None for `Pace()`
     keeps, bits    the choices
 
-    Raises UserError where the target is out of reach, where the policy is of another kind, and for
-    a layer whose weight is used by other code than its module's call.
+    Raises UserError where the target is out of reach, where the policy or the pace is of another
+    kind, and for a layer whose weight is used by other code than its module's call.
     """
 
     def __init__(
@@ -88,6 +85,8 @@ class DynamicCompressor:
         seed: int = 0,
         network: Network | None = None,
     ) -> None:
+        if not isinstance(pace, Pace | None):
+            raise UserError(f"pace = {pace!r}: must be a Pace, as in pace=Pace(warmup=100)")
         self.model, self.target, self.pace = model, target, pace or Pace()
         self.keeps, self.bits = tuple(keeps), tuple(bits)
         self.network = network or build_network(model, example_input, round_to=round_to)
@@ -102,6 +101,7 @@ class DynamicCompressor:
         self._begun: tuple[float, float] | None = None
         self._observer: Observer | None = None
         self._progress: Progress | None = None
+        self._small: CutNetwork | None = None
 
     # --- what a loop calls -------------------------------------------------------------------
 
@@ -109,30 +109,56 @@ class DynamicCompressor:
         """After the optimizer's step and before the gradients are zeroed: takes what the
         minibatch showed and, where one is due, the policy's decision.
 
-        Raises ValueError where no weight has a gradient."""
+        Raises UserError after `finalize`, and where no weight has a gradient."""
         self.read(loss)
         if self.due:
             self.decide(self.choose())
 
+    @property
+    def steps_needed(self) -> int:
+        """Steps of the whole training until the last decision and its recovery are over;
+        `steps` of them are taken."""
+        return self.pace.steps(len(self.layers))
+
     def finalize(self) -> nn.Module:
         """The small network, on the model's device and in eval mode: cut for real, its weights on
-        their quantizer's grid. `model` is plain again, with the float weights behind it.
+        their quantizer's grid. `model` is plain again, with the float weights behind it. Called
+        again it returns the same network.
+
+        Warns where decisions are left and the target is not reached: the training was too short.
         """
-        return self.cut_network().model
+        return self._release().model
 
     def cut_network(self) -> CutNetwork:
         """What `finalize` returns, with the scale_O of its layers."""
-        self.signals.close()
-        return self.squeezed.release()
+        return self._release()
 
     def save(self, path: Path | str, ref: ModelRef) -> CutNetwork:
-        """Finalizes and writes the packed artifact; `ref` says how the dense network is built.
-        The network that is returned is rounded to what the file can hold."""
+        """Finalizes, unless that is done, and writes the packed artifact; `ref` says how the dense
+        network is built. Returns a copy of the network, rounded to what the file can hold."""
         from rlcompress.core.ticket import write_network
 
-        small = self.cut_network()
+        small = copy.deepcopy(self._release())
         write_network(path, small, self.network, ref, self.schedule)
         return small
+
+    def _release(self) -> CutNetwork:
+        if self._small is None:
+            if not self.finished and self.ratio < self.target:
+                warnings.warn(
+                    f"finalized after {self.steps} of {self.steps_needed} steps: "
+                    f"{self.ratio:.1f}x fewer bytes, the target is {self.target:g}x; "
+                    f"{self.steps_needed - self.steps} more steps, or a shorter pace, reach it",
+                    stacklevel=3,  # the line that calls `finalize` or `save`
+                )
+            self.signals.close()
+            self._small = self.squeezed.release()
+        return self._small
+
+    def _require_open(self, verb: str) -> None:
+        if self._small is not None:
+            made = "finalize or save has made the model plain again"
+            raise UserError(f"{verb}: {made}; a new DynamicCompressor goes on with it")
 
     @property
     def schedule(self) -> Schedule:
@@ -185,7 +211,10 @@ class DynamicCompressor:
         return float(self.target ** ((min(self.round, last) + 1) / self.pace.rounds))
 
     def read(self, loss: torch.Tensor | float) -> None:
-        """Takes a minibatch without deciding anything."""
+        """Takes a minibatch without deciding anything. Raises UserError as `step` does."""
+        self._require_open("step")
+        if not self.finished:
+            self.signals.require_gradients()
         self.steps += 1
         if self.finished:
             self.signals.listening = False
@@ -254,7 +283,8 @@ class DynamicCompressor:
 
     def decide(self, action: int) -> None:
         """Takes the decision that is due; actions are numbered as in `Observer`. Raises
-        ValueError if none is due or the action is illegal."""
+        UserError after `finalize`, ValueError if none is due or the action is illegal."""
+        self._require_open("decide")
         if not self.due:
             raise ValueError(f"no decision is due after {self.steps} steps")
         if self._observer is None:
@@ -281,7 +311,8 @@ class DynamicCompressor:
         """A schedule for all layers at once; the policy, if decisions are left, goes on from
         there. `kept`: group -> mask, else the most important channels of this moment.
 
-        Raises UserError on names that the network does not have."""
+        Raises UserError after `finalize`, and on names that the network does not have."""
+        self._require_open("apply")
         self.network.validate(schedule)
         importance = self.signals.importance()
         for name, group in self.network.groups.items():
@@ -306,7 +337,7 @@ class DynamicCompressor:
 
     def use(self, policy: AnyPolicy) -> None:
         """Another policy from here on. Raises UserError where it is of another kind."""
-        self.agent = _agent_of(policy)
+        self.agent = agent_of(policy)
         self.policy, self.temperature = self.agent.policy, self.agent.temperature
 
     def freeze(self) -> None:
@@ -352,7 +383,9 @@ class DynamicCompressor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state is of another network, target or pace."""
+        """Raises UserError where the state is of another network, target or pace, and after
+        `finalize`."""
+        self._require_open("load_state_dict")
         mine = {"target": self.target, "pace": asdict(self.pace)}
         found = [
             f"the saved compressor's {name} is {state[name]}, this one's is {value}"
@@ -372,19 +405,3 @@ class DynamicCompressor:
             *(saved[name].numpy().copy() for name in ("keep", "bits", "unexplained"))
         )
         self.signals.load_state_dict(state["signals"])
-
-
-def _agent_of(policy: AnyPolicy) -> Agent:
-    if policy is None or isinstance(policy, Policy):
-        policy = Agent(policy and policy.eval())
-    elif not isinstance(policy, Agent):
-        folder = DEFAULT if policy == "default" else Path(policy)
-        policy = Agent.load(folder, OBSERVATION_VERSION)
-    if policy.policy is not None:
-        mine = policy.policy.shape
-        wanted = PolicyShape(
-            len(ACTION_COLUMNS), len(STATE_COLUMNS), mine.hidden, OBSERVATION_VERSION
-        )
-        if mine != wanted:
-            raise UserError(f"policy: it is of shape {mine}, {wanted} is needed")
-    return policy

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from rlcompress.core.calls import Call, as_call
+from rlcompress.core.errors import UserError
 from rlcompress.core.fisher import readers_of
 from rlcompress.core.graph import Layer, Link, Network
 from rlcompress.core.prune import kept_channels
@@ -190,12 +191,18 @@ class Signals:
                 known = self._moments.get(link.group)
                 self._moments[link.group] = moment_NCC if known is None else known + moment_NCC
 
+    def require_gradients(self) -> None:
+        """Raises UserError where no weight has a gradient."""
+        if all(_gradient(module) is None for module in self._modules.values()):
+            raise UserError("no weight has a gradient: call step before the gradients are zeroed")
+
     @torch.no_grad()
     def read(self, loss: torch.Tensor | float) -> None:
         """Takes a minibatch: its mean loss, and the gradients of it that the weights hold.
 
-        Raises ValueError where no weight has a gradient.
+        Raises UserError where no weight has a gradient.
         """
+        self.require_gradients()
         average, squares = self.average, []
         for name, module in self._modules.items():
             gradient = _gradient(module)
@@ -203,8 +210,6 @@ class Signals:
                 square = gradient.square()
                 squares.append(square.sum())
                 average.add(f"fisher/{name}", square * self.images)
-        if not squares:
-            raise ValueError("no weight has a gradient: call this before the gradients are zeroed")
         norm = torch.stack(squares).sum().sqrt()
         for name, value in (("loss", torch.as_tensor(loss)), ("gradient", norm)):
             value = value.detach().float().cpu()

@@ -9,8 +9,30 @@ from typing import Any
 
 import yaml
 
+from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.schedule import Measurement
 from rlcompress.report.figures import TIMES, arm_measurements, size
+
+#: What brings a ticket to the accuracy floor, by the searcher; else that of `search`.
+_REMEDIES = {"dynamic": "lower dynamic.target, raise dynamic.final_steps or ticket.floor"}
+_REMEDY = (
+    "lower search.target (--target of compress), raise search.episodes (--evaluations) or "
+    "ticket.floor"
+)
+
+
+def below_floor(ticket: Mapping[str, Any]) -> str:
+    """A line where a ticket misses the accuracy floor on the validation split, with what to do;
+    empty where it is at it. `ticket`: the content of ticket.json."""
+    if ticket_rank(ticket)[0]:
+        return ""
+    validation = ticket["validation"]
+    points = 100 * (validation[ticket["arm"]] - validation["dense"])
+    remedy = _REMEDIES.get(ticket["searcher"], _REMEDY)
+    return (
+        f"no ticket within ticket.floor = {ticket['floor']:g} points of dense "
+        f"(best {points:+.2f} on validation): {remedy}"
+    )
 
 
 def model_card(
@@ -54,7 +76,7 @@ are on its {ticket["split"]} split.
 ## Measured
 
 Split: {ticket["split"]}. Seed: {ticket["seed"]}. One run.
-
+{_floor(ticket)}
 {_table(ticket)}
 Bytes are those of the written `weights.safetensors`; a control has the ticket's architecture
 and bits. Density is accuracy in % per 10^6 bytes. BOPs are MACs {TIMES} weight bits {TIMES}
@@ -135,6 +157,11 @@ def _front_matter(
             }
         ],
     }
+
+
+def _floor(ticket: Mapping[str, Any]) -> str:
+    short = below_floor(ticket)
+    return f"\n**Below the accuracy floor**: {short}.\n" if short else ""
 
 
 def _table(ticket: Mapping[str, Any]) -> str:

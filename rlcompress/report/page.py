@@ -16,7 +16,7 @@ from rlcompress.core.files import read_archive, read_lines, save_bytes
 from rlcompress.core.pareto import archive_front, best_at_floor, ticket_rank
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.report import depth, figures
-from rlcompress.report.card import delivered
+from rlcompress.report.card import below_floor, delivered
 
 _LIBRARIES = ("rlcompress", "torch", "ray", "gymnasium", "mlflow", "numpy", "onnxruntime")
 _BASELINE = "uniform"
@@ -81,6 +81,7 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
         spec=spec["spec"],
         spec_hash=spec["hash"],
         main=main,
+        short=below_floor(main) if main else "",
         tickets=[(ticket, Measurement.from_dict(ticket["ticket"])) for ticket in tickets],
         compared=_compared(main, baseline),
         delivered=delivered(run / "tickets" / main["id"]) if main else {"onnx": {}},

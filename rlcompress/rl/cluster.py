@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -64,13 +65,29 @@ def start_ray(ppo: PPOSpec) -> None:
             ) from error
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    there = ray.cluster_resources().get("GPU", 0.0)
-    needed = ppo.num_env_runners * ppo.num_gpus_per_env_runner
-    if not address and needed > there:
-        raise UserError(
-            f"ppo.num_gpus_per_env_runner = {ppo.num_gpus_per_env_runner}: {ppo.num_env_runners} "
-            f"env runners need {needed:g} GPUs, this machine has {there:g}"
-        )
+    if not address:
+        require_gpus(ppo, int(ray.cluster_resources().get("GPU", 0.0)))
+
+
+def require_gpus(ppo: PPOSpec, there: int) -> None:
+    """Raises UserError, with the share that would do, where `there` GPUs have no room for the env
+    runners. A runner's share is of one GPU: three at 0.6 need three."""
+    runners, share = ppo.num_env_runners, ppo.num_gpus_per_env_runner
+    if not runners or not share:
+        return
+    # In floats 1 / (1 / 93) is less than 93.
+    needed = math.ceil(runners / int(1 / share + 1e-6)) if share <= 1 else runners * share
+    if needed <= there:
+        return
+    remedy = "--set device=cpu --set ppo.num_gpus_per_env_runner=0 runs without"
+    if there:
+        # Ray counts in ten-thousandths.
+        fitting = math.floor(1e4 / math.ceil(runners / there)) / 1e4
+        remedy = f"enough with --set ppo.num_gpus_per_env_runner={fitting:g}"
+    raise UserError(
+        f"ppo.num_gpus_per_env_runner = {share:g}: {runners} env runners need {needed:g} GPUs, "
+        f"this machine has {there}; {remedy}"
+    )
 
 
 @contextlib.contextmanager

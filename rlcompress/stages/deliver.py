@@ -15,7 +15,7 @@ from rlcompress.core.export import export_onnx, latency, onnx_logits
 from rlcompress.core.files import read_json, save_bytes, save_json
 from rlcompress.core.schedule import Schedule
 from rlcompress.live import console, stage
-from rlcompress.report.card import delivered, model_card
+from rlcompress.report.card import below_floor, delivered, model_card
 from rlcompress.stages.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -227,6 +227,8 @@ def last_lines(run: Workspace) -> None:
         'next     python -c "from rlcompress.core.artifact import load_artifact; '
         f"print(load_artifact('{folder / 'weights.safetensors'}'{trust}))\""
     )
+    if short := below_floor(best):
+        console.print(short)
 
 
 def _runtime_rows(folder: Path, dense: Path) -> list[tuple[str, str, str, str]]:

@@ -14,8 +14,9 @@ from rlcompress.core.squeeze import Pace
 from rlcompress.core.train import logits_of, measure
 from rlcompress.core.training import Images, Trainer, Training
 from rlcompress.live import console, stage
+from rlcompress.report.card import below_floor
 from rlcompress.stages.policies import agent_of, digest_of, find_policy
-from rlcompress.stages.ticket import commit
+from rlcompress.stages.ticket import at_floor, commit, judged_again
 from rlcompress.stages.workspace import Workspace
 
 ARM = "closed-loop"
@@ -51,10 +52,8 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     folder, d = run.folder / "dynamic", run.experiment.dynamic
     path, begin = folder / "ticket.json", _begin(run)
     inputs = f"{run.dynamic_inputs()} {digest_of(begin)}"
-    if path.exists():
-        ticket: dict[str, Any] = read_json(path)
-        if ticket["inputs"] == inputs:
-            return ticket
+    if path.exists() and read_json(path)["inputs"] == inputs:
+        return judged_again(path, run.experiment.ticket.floor)
     training = training_of(run, agent_of(begin))
     trainer = Trainer(training)
     compressor = trainer.compressor
@@ -100,7 +99,6 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
             "dense": measure(dense, selection, chosen, whole).accuracy,
             ARM: validation.accuracy,
         },
-        "floor": run.experiment.ticket.floor,
         "curves": {},
         "decisions": decisions,
         "steps": training.steps,
@@ -112,6 +110,7 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
         "split": "test",
         "lineage": {"policy": str(policy or "prior"), "commit": commit()},
     }
+    content = at_floor(content, run.experiment.ticket.floor)
     save_json(path, content)
     return content
 
@@ -158,3 +157,5 @@ def last_lines(ticket: dict[str, Any], run: Workspace) -> None:
         f"{ticket['ratio']:.1f}x fewer, in {ticket['steps']} minibatches"
     )
     console.print(f"ticket   {run.folder / 'dynamic' / 'weights.safetensors'}")
+    if short := below_floor(ticket):
+        console.print(short)

@@ -151,7 +151,11 @@ class Keeper:
 
     def _said(self) -> str:
         if self.best is None:
-            return f"front {len(self.front)}  none yet at {self.floor:.1%}"
+            points = 100 * (self.dense.accuracy - self.floor)
+            return (
+                f"front {len(self.front)}  none yet within {points:.3g} points of dense "
+                f"({self.floor:.1%})"
+            )
         best = self.best.measurement
         return (
             f"front {len(self.front)}  best {self.dense.bytes / best.bytes:.1f}x "

@@ -16,6 +16,7 @@ from rlcompress import __version__
 from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import read_json, save_json
+from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import (
     Arm,
@@ -62,6 +63,8 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
     for path in sorted((run.folder / "tickets").glob("*/ticket.json")):
         if read_json(path)["inputs"] != run.ticket_inputs():
             run.set_aside(path.parent)
+        else:
+            judged_again(path, t.floor)
         for leftover in path.parent.glob("*.checkpoint"):
             leftover.unlink()
     wanted = {}
@@ -111,6 +114,22 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
                 # Their networks are on the disk.
                 arms.clear()
                 yield ticket
+
+
+def at_floor(ticket: dict[str, Any], floor: float) -> dict[str, Any]:
+    """A ticket.json's content with `floor`, points below dense that are allowed, and `at_floor`:
+    whether its validation accuracy is within them."""
+    ticket = {**ticket, "floor": floor}
+    return {**ticket, "at_floor": ticket_rank(ticket)[0]}
+
+
+def judged_again(path: Path, floor: float) -> dict[str, Any]:
+    """The ticket.json there, by the floor of now: another floor makes no other ticket."""
+    ticket: dict[str, Any] = read_json(path)
+    judged = at_floor(ticket, floor)
+    if judged != ticket:
+        save_json(path, judged)
+    return judged
 
 
 def lineage(run: Workspace, record: Record) -> dict[str, str]:
@@ -194,7 +213,6 @@ def _judge(
             "dense": measure(dense, selection, dense_logits, dense_cost).accuracy,
             **{n: m.accuracy for n, m in chosen.items()},
         },
-        "floor": e.ticket.floor,
         "input": {
             "shape": list(run.ref.input_shape),
             "mean": run.data.train.mean,
@@ -210,5 +228,6 @@ def _judge(
         "search": record.measurement.to_dict(),
         "lineage": lineage(run, record),
     }
+    content = at_floor(content, e.ticket.floor)
     save_json(folder / "ticket.json", content)
     return content

@@ -24,8 +24,7 @@ PREFIX = "rlcompress-"
 class Found:
     """One ticket in MLflow. Accuracies are shares (0-1) on the test split.
 
-    controls  arm -> accuracy;  at_floor  whether validation puts it at the accuracy floor
-    champion  whether the registry's alias names it
+    controls  arm -> accuracy;  champion  whether the registry's alias names it
     lineage   what it came from: policy, commit, version, target, spec hash
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -117,7 +118,13 @@ def test_the_model_is_plain_again_and_its_parameters_are_the_optimizer_s(digits1
     loop = Loop(digits16)
     before = [id(p) for p in loop.model.parameters()]
     loop.train(12)
-    loop.compressor.finalize()
+    names = set(loop.model.state_dict())
+    with pytest.warns(UserWarning, match="finalized after 12 of 25 steps"):
+        loop.compressor.finalize()
+    renamed = {
+        f"{layer}.parametrizations.weight.original" for layer in loop.compressor.network.layers
+    }
+    assert names - set(loop.model.state_dict()) == renamed
     assert [id(p) for p in loop.model.parameters()] == before
     assert sorted(loop.model.state_dict()) == sorted(toy_network().state_dict())
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in loop.model.modules())
@@ -268,9 +275,72 @@ def test_mistakes_are_said_in_a_line(digits16, tmp_path):
     loop.train(PACE.warmup - 1)
     state = loop.compressor.state_dict()
     loop.optimizer.zero_grad()
-    with pytest.raises(ValueError, match="no weight has a gradient"):
+    with pytest.raises(UserError, match="no weight has a gradient"):
         loop.compressor.step(1.0)
+    with pytest.raises(UserError, match=r"pace = <class '.*Pace'>: must be a Pace"):
+        Loop(digits16, pace=Pace)
     with pytest.raises(UserError, match=r"target is 8.0, this one's is 6.0"):
         Loop(digits16, target=6.0).compressor.load_state_dict(state)
     with pytest.raises(UserError, match="no group 'nose'"):
         loop.compressor.apply(Schedule({"nose": 0.5}, {}))
+
+
+def test_a_training_that_was_too_short_is_told_with_what_is_missing(digits16, tmp_path):
+    from rlcompress.core.artifact import ModelRef
+
+    loop = Loop(digits16)
+    assert loop.compressor.steps_needed == PACE.steps(4) == 25
+    loop.train(11)
+    ratio = loop.compressor.ratio
+    assert ratio < 8.0
+    said = rf"after 11 of 25 steps: {ratio:.1f}x fewer bytes, the target is 8x; 14 more steps"
+    with pytest.warns(UserWarning, match=said) as told:
+        loop.compressor.save(
+            tmp_path / "w.safetensors", ModelRef("tests.toy:toy_network", {}, 10, (1, 16, 16))
+        )
+    assert [w.filename for w in told] == [__file__]
+
+
+def test_a_loop_of_the_steps_needed_reaches_the_target_without_a_word(digits16):
+    loop = Loop(digits16)
+    loop.train(loop.compressor.steps_needed)
+    assert loop.compressor.finished
+    assert loop.compressor.ratio >= 8.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop.compressor.finalize()
+
+
+def test_gradients_are_missed_at_the_first_step(digits16):
+    loop = Loop(digits16)
+    F.cross_entropy(loop.model(digits16.images(slice(0, 16))), digits16.labels_N[:16]).backward()
+    loop.optimizer.zero_grad()
+    with pytest.raises(UserError, match="no weight has a gradient: call step before"):
+        loop.compressor.step(1.0)
+    assert loop.compressor.steps == 0
+
+
+def test_finalized_once_it_stays_as_it_is(digits16, tmp_path):
+    from rlcompress.core.artifact import ModelRef
+
+    ref = ModelRef("tests.toy:toy_network", {}, 10, (1, 16, 16))
+    first, second = Loop(digits16), Loop(digits16)
+    state = copy.deepcopy(first.compressor.state_dict())
+    for loop in (first, second):
+        loop.finish()
+    first.compressor.save(tmp_path / "first", ref)
+    small = second.compressor.finalize()
+    before = copy.deepcopy(small.state_dict())
+    second.compressor.save(tmp_path / "second", ref)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    assert second.compressor.finalize() is small
+    assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items())
+    compressor = second.compressor
+    for verb, call in {
+        "step": lambda: compressor.step(1.0),
+        "decide": lambda: compressor.decide(0),
+        "apply": lambda: compressor.apply(Schedule()),
+        "load_state_dict": lambda: compressor.load_state_dict(state),
+    }.items():
+        with pytest.raises(UserError, match=f"{verb}: finalize or save has made the model plain"):
+            call()
