@@ -8,8 +8,8 @@ core); trained once, all of them share it.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,5 +101,7 @@ def held_back(run: Workspace, *, seed: int, score_images: int = 256) -> Split:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="+", choices=sorted(EXPERIMENTS.values()))
+    for name in parser.parse_args().name:
         print(name, workspace(name, "threads=1").folder)

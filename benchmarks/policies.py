@@ -22,11 +22,23 @@ def family_of(member: str) -> str:
     return next(named, member.split("-")[0])
 
 
-def zoo() -> Workspace:
-    """In `runs/zoo`, where `rlcompress train-policy zoo` works too."""
+#: Of the zoo, for a quick look.
+QUICK = ("cnn-1.0-digits", "squeezenet-0.5-digits", "mobilenetv1-0.25-digits", "cnn-0.5-fashion")
+QUICK_SAMPLES = 12
+
+
+def zoo(*, quick: bool = False) -> Workspace:
+    """In `runs/zoo`, where `rlcompress train-policy zoo` works too; four of its networks with a few
+    samples each in `runs/zoo-quick`."""
     experiments = spec.load_experiments(Path("experiments.yaml"))
     sets = ["threads=1", "ppo.num_env_runners=0"]
-    return Workspace("zoo", spec.resolve(experiments, "zoo", sets), Path("runs") / "zoo")
+    experiment = spec.resolve(experiments, "zoo", sets)
+    if not quick:
+        return Workspace("zoo", experiment, Path("runs") / "zoo")
+    few = {name: experiment.zoo.networks[name] for name in QUICK}
+    small = experiment.zoo.model_copy(update={"networks": few, "samples": QUICK_SAMPLES})
+    experiment = experiment.model_copy(update={"zoo": small})
+    return Workspace("zoo-quick", experiment, Path("runs") / "zoo-quick")
 
 
 def lessons(run: Workspace) -> dict[str, Lessons]:
@@ -47,14 +59,15 @@ def lessons_by_samples(
     }
 
 
-def held_out_policy(network: str, seed: int, episodes: int = 0) -> Path:
+def held_out_policy(network: str, seed: int, episodes: int = 0, *, quick: bool = False) -> Path:
     """The folder of a policy that never saw the network's family, trained if need be; its prior
     learned on the zoo, the policy itself from so many episodes of PPO over the zoo."""
     family = FAMILIES[network]
     played = f"-ppo{episodes}" if episodes else ""
-    folder = Path("runs") / "transfer" / f"without-{family}-{seed}{played}"
+    place = "transfer-quick" if quick else "transfer"
+    folder = Path("runs") / place / f"without-{family}-{seed}{played}"
     if not (folder / "done").exists():
-        run = zoo()
+        run = zoo(quick=quick)
         chosen = {n: m for n, m in members(run).items() if not n.startswith(family)}
         sampled = {name: sample(member) for name, member in chosen.items()}
         folder.mkdir(parents=True, exist_ok=True)

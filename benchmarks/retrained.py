@@ -53,7 +53,8 @@ def _fronts(
     fronts = {}
     for arm in arms:
         name, budget, kind = arm
-        rows = [row for row in every if row["key"] == key_of(run, kind)]
+        key = key_of(run, kind)
+        rows = [row for row in every if row["key"] == key]
         if not any(r["kind"] == "done" and (r["searcher"], r["budget"]) == arm[:2] for r in rows):
             continue
         dense = next(row for row in rows if row["kind"] == "dense")

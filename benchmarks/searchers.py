@@ -96,20 +96,21 @@ def records_of(
 ) -> Iterator[Record]:
     """What a searcher measures behind its `history`. `transfer-N` plays the policy of seed N that
     never saw the network's family, `played-N` the same after `EPISODES` of PPO over the zoo,
-    `ppo-N` begins with the first."""
+    `quick-N` one that learned on four small networks, `ppo-N` begins with the first."""
     base, _, number = name.partition("-")
     agent = PRIOR
     if number:
         from benchmarks.policies import held_out_policy
 
         episodes = EPISODES if base == "played" else 0
-        agent = agent_of(held_out_policy(short(run), int(number), episodes))
+        quick = base == "quick"
+        agent = agent_of(held_out_policy(short(run), int(number), episodes, quick=quick))
     spec = run.experiment.ppo.model_copy(update={"num_env_runners": runners})
     if name == "untrained":
         from rlcompress.rl import untrained
 
         return untrained.search(problem, settings, history, ppo=spec, begin=agent)
-    if base in ("transfer", "played"):
+    if base in ("transfer", "played", "quick"):
         from rlcompress.rl import transfer
 
         measure = in_process(problem)

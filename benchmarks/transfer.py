@@ -3,6 +3,7 @@
     uv run python -m benchmarks.transfer                 # hours; goes on if stopped
     uv run python -m benchmarks.transfer --networks resnet18 --seeds 0 --no-rivals
     uv run python -m benchmarks.transfer --summary       # of what is measured; no more
+    uv run python -m benchmarks.transfer --quick         # a zoo of four, ResNet-18, zero-shot
 
 For each network (`benchmarks.networks`) a policy learns on the zoo of experiments.yaml without its
 family (`benchmarks.policies`), once for each seed, and plays: 10 evaluations are zero-shot
@@ -75,7 +76,8 @@ def scores(network: str) -> dict[tuple[str, int, str], float]:
     every = read_lines(path_of(network, PROBLEM_SEED))
     found = {}
     for kind in ("estimated", "measured", "refitted"):
-        rows = [row for row in every if row["key"] == key_of(run, kind)]
+        key = key_of(run, kind)
+        rows = [row for row in every if row["key"] == key]
         if any(row["kind"] == "done" for row in rows):
             for row in judge(rows, run.experiment.search.target):
                 found[row["searcher"], row["budget"], kind] = row["checked"]
@@ -205,7 +207,12 @@ def print_cost() -> None:
         print(f"network, so where it is as good it has paid after {mean / saved:.0f} networks")
 
 
-def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[str, Any]]) -> None:
+def summarise(
+    seeds: list[int],
+    scale: list[dict[str, Any]],
+    ablated: list[dict[str, Any]],
+    ours_name: str = "transfer",
+) -> None:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     row: dict[str, Any]
@@ -218,7 +225,7 @@ def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[
         found = scores(network)
         after = retrained.volumes(network, PROBLEM_SEED, found)
         for (name, count, kind), value in sorted(found.items()):
-            if name.startswith(("transfer", "played")) or (name, count, kind) in RIVALS:
+            if name.startswith((ours_name, "played")) or (name, count, kind) in RIVALS:
                 trained = after.get((name, count, kind))
                 text = "" if trained is None else f"{trained:11.3f}"
                 print(f"{network:14}{name:14}{count:12}{kind:>13}{value:9.3f}{text}")
@@ -230,7 +237,7 @@ def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[
             ("at25_vs_local500", 25, RIVALS[-1]),
         ):
             for seed in seeds:
-                ours = found.get((f"transfer-{seed}", count, "estimated"))
+                ours = found.get((f"{ours_name}-{seed}", count, "estimated"))
                 if ours is not None and found.get(rival):
                     ratio = ours / found[rival] - (1 if figure.endswith("knapsack") else 0)
                     ratios.setdefault(figure, []).append(ratio)
@@ -250,6 +257,7 @@ def summarise(seeds: list[int], scale: list[dict[str, Any]], ablated: list[dict[
 
 def main() -> None:
     parser = results.parser(__doc__)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--networks", default=",".join(EXPERIMENTS))
     parser.add_argument("--seeds", default="0,1,2", help="of the policy")
     parser.add_argument("--fit-seeds", default="0,1,2", help="of the scale curve and ablation")
@@ -261,20 +269,26 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    quick, most = options.quick, 1 if options.quick else None
+    budgets, rivals = BUDGETS[:most], () if options.no_rivals else RIVALS[:most]
+    if quick:
+        options.networks, options.seeds = "resnet18", "0"
+        options.no_retraining = options.no_scale = options.no_ablation = True
+    kind_of_policy = "quick" if quick else "transfer"
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for network in [] if options.summary else options.networks.split(","):
         folder = Path("runs") / f"searchers-{network}-{PROBLEM_SEED}"
         names = []
         for seed in seeds:
             begun = time.monotonic()
-            policies.held_out_policy(network, seed)
+            policies.held_out_policy(network, seed, quick=quick)
             print(f"{network}: policy {seed} in {time.monotonic() - begun:.0f} s", flush=True)
-            names.append(f"transfer-{seed}")
+            names.append(f"{kind_of_policy}-{seed}")
         if options.played:
             names += [f"played-{seed}" for seed in seeds[:1]]
-        for budget in BUDGETS:
+        for budget in budgets:
             measure(network, PROBLEM_SEED, names, budget, "estimated", 0, folder)
-        for name, budget, kind in () if options.no_rivals else RIVALS:
+        for name, budget, kind in rivals:
             measure(network, PROBLEM_SEED, [name], budget, kind, 0, folder)
         if not options.no_retraining:
             mine = [(names[0], budget, "estimated") for budget in BUDGETS]
@@ -284,6 +298,7 @@ def main() -> None:
         seeds,
         [] if options.no_scale else scale_curve(fit_seeds),
         [] if options.no_ablation else ablation(fit_seeds),
+        kind_of_policy,
     )
 
 

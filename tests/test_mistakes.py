@@ -35,7 +35,7 @@ COMMANDS = {
     "report before a search": (["report", "tiny"], "nothing searched yet; rlcompress run tiny"),
     "tune without a space": (["tune", "tiny"], "tune.space is empty; for example"),
     "tickets before any": (["tickets"], "no ticket yet (no runs/*/mlflow.db here)"),
-    "show before any": (["tickets", "show", "ppo-1"], "none of the 0 here"),
+    "show before any": (["tickets", "show", "ppo-1"], "no tickets yet (no runs/*/mlflow.db here)"),
 }
 
 

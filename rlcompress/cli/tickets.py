@@ -35,6 +35,7 @@ def tickets(ctx: typer.Context, uri: Uri = None, as_json: AsJson = False) -> Non
     rlcompress tickets show ppo-1a2b3c4d
     """
     if ctx.invoked_subcommand is not None:
+        ctx.obj = (uri, as_json)  # said before the subcommand, they hold for it
         return
     from rlcompress.stages.listing import list_tickets
 
@@ -43,6 +44,7 @@ def tickets(ctx: typer.Context, uri: Uri = None, as_json: AsJson = False) -> Non
 
 @tickets_app.command("show")
 def tickets_show(
+    ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="ID", help="Its id, or how it begins.")],
     uri: Uri = None,
     as_json: AsJson = False,
@@ -54,4 +56,5 @@ def tickets_show(
     """
     from rlcompress.stages.listing import print_ticket
 
-    print_ticket(name, uri, as_json=as_json)
+    before_uri, before_json = ctx.obj
+    print_ticket(name, uri or before_uri, as_json=as_json or before_json)

@@ -139,6 +139,8 @@ def seal(model: list[Any], data: bytes) -> bytes:
 
 def unseal(path: Path) -> tuple[dict[str, Any], bytes]:
     """Manifest and data of a file. Raises ArtifactError unless they match their digest."""
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file")
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, did_you_mean
 from rlcompress.core.graph import Network
 from rlcompress.core.models import find_factory
 from rlcompress.core.schedule import FULL_PRECISION
@@ -28,6 +28,10 @@ CLIP_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 HISTOGRAM_BINS = 64
 #: Bounds of the clip rules' work on very large layers.
 MOST_INPUTS, MOST_OUTPUTS = 8192, 256
+
+
+#: How a clip share is chosen; see `choose_clip`.
+RULES = ("auto", "kl", "mse")
 
 
 def max_code(bits: int) -> int:
@@ -115,8 +119,12 @@ def choose_clip(
                  less of the outputs' variance unexplained (neither rule wins everywhere);
                  "package.module:function": one's own, called as `mse_clip` is
 
-    Raises UserError if one's own gives anything but a share in (0, 1] for each channel.
+    Raises UserError for another rule, or if one's own gives anything but a share in (0, 1] for each
+    channel.
     """
+    if rule not in RULES and ":" not in rule:
+        allowed = f'{", ".join(RULES)} or "package.module:function"'
+        raise UserError(f'clip = "{rule}": allowed: {allowed}{did_you_mean(rule, RULES)}')
 
     # A share of the convolution groups, or of the one group's output channels.
     every = -(-weight.shape[0] // MOST_OUTPUTS)

@@ -18,6 +18,8 @@ from rlcompress.core.errors import did_you_mean, first_line
 from rlcompress.tracking.store import TrackingError, hidden, try_database
 
 PREFIX = "rlcompress-"
+#: Ids in an error.
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,12 @@ def show_ticket(uris: Sequence[str], name: str) -> tuple[Found, dict[str, Any]]:
         t for t in everything if t.id.startswith(name)
     ]
     if not mine:
-        nearest = did_you_mean(name, [t.id for t in everything])
-        raise ValueError(f"ticket {name!r}: none of the {len(everything)} here{nearest}")
+        if not everything:
+            where = ", ".join(map(hidden, uris)) if uris else "no runs/*/mlflow.db here"
+            raise ValueError(f"ticket {name!r}: no tickets yet ({where})")
+        ids = [t.id for t in everything]
+        shown = ", ".join(ids[:_SHOWN]) + (f" and {len(ids) - _SHOWN} more" * (len(ids) > _SHOWN))
+        raise ValueError(f"ticket {name!r}: not among {shown}{did_you_mean(name, ids)}")
     if len({(t.store, t.run_id) for t in mine}) > 1:
         which = ", ".join(f"{t.id} of {t.experiment}" for t in mine)
         raise ValueError(f"ticket {name!r}: {which}; name one, or its store with --uri")

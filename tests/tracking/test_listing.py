@@ -103,10 +103,12 @@ def test_tickets_of_all_stores_are_found(
     assert '{"a": 0.5}' in out
     code, out, _ = said(capsys, "show", "dense-one", "--json")
     assert json.loads(out)["schedule"] == {"keep": {"a": 0.5}, "bits": {"a": 4}}
+    code, out, _ = said(capsys, "--json", "show", "dense-one")
+    assert json.loads(out)["id"] == "dense-one"
     code, _, err = said(capsys, "show", "smell-one")
     assert (code, err) == (
         2,
-        "ticket 'smell-one': none of the 2 here; did you mean \"small-one\"?\n",
+        "ticket 'smell-one': not among small-one, dense-one; did you mean \"small-one\"?\n",
     )
     monkeypatch.chdir(run.parents[1] / "elsewhere")
 
