@@ -14,6 +14,7 @@ the manifest names, and nothing is allocated before lengths and shapes agree.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from rlcompress.core.codec import (
     unpack_scales,
 )
 from rlcompress.core.cost import BIAS_BYTES, FLOAT_BYTES, SCALE_BYTES
+from rlcompress.core.errors import UserError
 from rlcompress.core.fold import fold
 from rlcompress.core.graph import Network
 from rlcompress.core.layout import ArtifactError, LayerRecord, NormRecord, Table, seal, unseal
@@ -188,6 +190,20 @@ def folded(model: nn.Module, network: Network, ref: ModelRef) -> nn.Module:
         path = Path(folder) / "weights.safetensors"
         path.write_bytes(pack(model, network, ref, {}, {}))
         return load_artifact(path, trust=[ref.factory])
+
+
+def require_rebuilds(ref: ModelRef, network: Network) -> None:
+    """Raises UserError unless `ref` builds the network that `network` describes, module by module:
+    no file of it could be read back."""
+    built = [name for name, _ in (_skeleton(ref) or ref.build()).named_modules()]
+    if built == list(network.modules):
+        return
+    pairs = itertools.zip_longest(built, network.modules, fillvalue="nothing")
+    number, (theirs, ours) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
+    raise UserError(
+        f"ModelRef {ref.factory} with {dict(ref.args)}: builds another network than the one to be "
+        f"written: module {number} is {theirs or 'the root'}, there it is {ours or 'the root'}"
+    )
 
 
 def _skeleton(ref: ModelRef) -> nn.Module | None:

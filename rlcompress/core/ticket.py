@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlcompress.core.artifact import ModelRef, load_artifact, pack
+from rlcompress.core.artifact import ModelRef, load_artifact, pack, require_rebuilds
 from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Split
 from rlcompress.core.evaluate import Evaluator
@@ -167,7 +167,12 @@ def in_process(
 def write_network(
     path: Path | str, small: CutNetwork, network: Network, ref: ModelRef, schedule: Schedule
 ) -> None:
-    """Writes the packed artifact. `small` is rounded to what the file can hold, in place."""
+    """Writes the packed artifact; whole or not there. `small` is rounded to what the file can hold,
+    in place. `ref` says who builds the dense network.
+
+    Raises UserError if `ref` builds another network, or a number is not finite.
+    """
+    require_rebuilds(ref, network)
     bits = {name: schedule.width(name) for name in network.layers}
     small.model.to("cpu")
     scales = {name: scale.cpu() for name, scale in small.scales.items()}

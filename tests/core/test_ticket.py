@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlcompress.core.artifact import load_artifact
+from rlcompress.core.artifact import ModelRef, load_artifact
 from rlcompress.core.data import digits
+from rlcompress.core.errors import UserError
 from rlcompress.core.quant import fake_quantize
 from rlcompress.core.schedule import ARMS, EVERY_ARM, Schedule
 from rlcompress.core.structure import build_network
@@ -157,6 +158,15 @@ def test_retraining_learns_steps_and_leaves_its_start(
     write_network(tmp_path / "a", end, network, trained.ref, schedule)
     written = top1(load_artifact(tmp_path / "a"), data.validation)
     assert written == pytest.approx(curve[-1]["validation_accuracy"], abs=0.01)
+
+
+def test_a_file_that_could_not_be_read_back_is_not_written(trained, evaluator, schedule, tmp_path):
+    """Who is named as the builder must build this very network."""
+    small = cut_network(trained.model, trained.network, evaluator.kept(schedule), schedule)
+    other = ModelRef("resnet20", {"width": 0.5}, 10, trained.ref.input_shape)
+    with pytest.raises(UserError, match=r"resnet20 .*builds another network.*module 1 is"):
+        write_network(tmp_path / "a", small, trained.network, other, schedule)
+    assert not list(tmp_path.iterdir())
 
 
 def small_mobilenet() -> nn.Module:
