@@ -46,7 +46,7 @@ from torch import nn
 from benchmarks import results
 from benchmarks.files import run_onnx
 from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, workspace
-from benchmarks.rivals import bare, export_float, fast_nas, pruned, quantize_int8
+from benchmarks.rivals import OutOfReachError, bare, export_float, fast_nas, pruned, quantize_int8
 from rlcompress import core
 from rlcompress.core.data import Split
 from rlcompress.core.files import read_lines
@@ -152,7 +152,11 @@ def rival(
             folder = Path(name) / f"{keep}"
             folder.mkdir()
             if method == "fastnas":
-                small = fast_nas(model, fit, keep**2, few, Path(name))
+                try:
+                    small = fast_nas(model, fit, keep**2, few, Path(name))
+                except OutOfReachError as error:
+                    print(f"{method} keep {keep}: {error}", flush=True)
+                    continue
             else:
                 small = pruned(model, fit, keep, few)
             distill(small, lesson.images(), taught, steps, seed=seed, batch=STEP_IMAGES)

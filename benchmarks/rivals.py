@@ -76,12 +76,17 @@ def _pruned(
     return _settled(model, images)
 
 
+class OutOfReachError(ValueError):
+    """No network so small is in the search space."""
+
+
 def fast_nas(
     model: nn.Module, fit: Split, share: float, validation: Split, folder: Path
 ) -> nn.Module:
     """Cut to a share of its parameters by nvidia-modelopt's FastNAS, which tries every layer's
     widths on `validation`, in steps of 8 channels as ours; `folder` keeps what it measured for
-    another share. Batch norms re-estimated on the images of `fit`."""
+    another share. Batch norms re-estimated on the images of `fit`. Raises OutOfReachError for a share
+    that its search space does not have."""
     import modelopt.torch.prune as mtp
 
     steps = mtp.fastnas.FastNASConfig()
@@ -97,7 +102,12 @@ def fast_nas(
         "checkpoint": str(folder / "fastnas.pt"),
     }
     limit = {"params": f"{100 * share:g}%"}
-    found = mtp.prune(model, [("fastnas", steps)], limit, images[:1], config=config)
+    try:
+        found = mtp.prune(model, [("fastnas", steps)], limit, images[:1], config=config)
+    except ValueError as error:
+        if "constraints" not in str(error):
+            raise
+        raise OutOfReachError(f"{share:.1%} of the parameters: {error}") from error
     return _settled(found[0], images)
 
 
