@@ -85,8 +85,8 @@ def fast_nas(
 ) -> nn.Module:
     """Cut to a share of its parameters by nvidia-modelopt's FastNAS, which tries every layer's
     widths on `validation`, in steps of 8 channels as ours; `folder` keeps what it measured for
-    another share. Batch norms re-estimated on the images of `fit`. Raises OutOfReachError for a share
-    that its search space does not have."""
+    another share. Batch norms re-estimated on the images of `fit`. Raises OutOfReachError for a
+    share that its search space does not have."""
     import modelopt.torch.prune as mtp
 
     steps = mtp.fastnas.FastNASConfig()
