@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -180,6 +180,9 @@ def _keys(model: type[BaseModel], loc: Loc) -> list[str]:
     """Names of the options at `loc`; none where it holds no options."""
     kind: Any = model
     for part in loc:
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            continue
         fields = getattr(kind, "model_fields", {})
         kind = fields[part].annotation if part in fields else None
     return list(getattr(kind, "model_fields", ()))

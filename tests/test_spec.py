@@ -218,6 +218,8 @@ experiments:
             ("search.baselines=random", "must be a list"),
             ("search.baselines=[randon]", 'did you mean "random"?'),
             ("device=cudda", 'did you mean "cuda"?'),
+            ("device=CPU", 'did you mean "cpu"?'),
+            ("tune.space={ppo.lr: {grd: [1]}}", 'did you mean "grid"? (allowed: grid, choice,'),
             ("model.factory=os.path", "package.module:function"),
             ("model.args={day: 2020-01-01}", "numbers, text"),
             ("seed=-1", "greater than or equal to 0"),

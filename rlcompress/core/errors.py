@@ -59,5 +59,6 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(word: object, allowed: Sequence[str]) -> str:
     """`; did you mean "NEAREST"?`, or nothing when no allowed word is near."""
-    matches = difflib.get_close_matches(str(word), allowed, n=1)
-    return f'; did you mean "{matches[0]}"?' if matches else ""
+    by_lower = {name.lower(): name for name in reversed(allowed)}
+    matches = difflib.get_close_matches(str(word).lower(), by_lower, n=1)
+    return f'; did you mean "{by_lower[matches[0]]}"?' if matches else ""
