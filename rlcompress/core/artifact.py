@@ -51,7 +51,13 @@ MAX_DENSE_NUMBERS = 2**30
 
 @dataclass(frozen=True)
 class ModelRef:
-    """How a network is built from nothing: what the manifest holds instead of a pickle."""
+    """How a network is built from nothing: what the manifest holds instead of a pickle.
+
+    factory      one of the networks that rlcompress ships (`models.BUILT_IN`), or
+                 "pkg.mod:function" that returns an `nn.Module`
+    args         its keyword arguments, as JSON takes them
+    num_classes  of the logits;  input_shape  one image's (C, H, W)
+    """
 
     factory: str
     args: Mapping[str, Any]
@@ -59,6 +65,8 @@ class ModelRef:
     input_shape: tuple[int, ...]  # (C, H, W)
 
     def build(self, seed: int = 0) -> nn.Module:
+        """The dense network in eval mode, its weights drawn by `seed`. Raises UserError where the
+        factory is not found, refuses its arguments or does not return a module."""
         return build_model(
             self.factory,
             self.args,

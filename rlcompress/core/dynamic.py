@@ -31,6 +31,7 @@ from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
 from rlcompress.core.fitted import CutNetwork
 from rlcompress.core.graph import Layer, Network
+from rlcompress.core.inputs import choice_problems, require
 from rlcompress.core.observation import Live, Observer, Progress
 from rlcompress.core.prior import Prior
 from rlcompress.core.schedule import BITS, FULL_PRECISION, KEEPS, Schedule
@@ -89,6 +90,7 @@ class DynamicCompressor:
             raise UserError(f"pace = {pace!r}: must be a Pace, as in pace=Pace(warmup=100)")
         self.model, self.target, self.pace = model, target, pace or Pace()
         self.keeps, self.bits = tuple(keeps), tuple(bits)
+        require(choice_problems(self.keeps, self.bits))
         self.network = network or build_network(model, example_input, round_to=round_to)
         self.layers = list(self.network.layers.values())
         self.costs = CostModel(self.network)
@@ -348,16 +350,13 @@ class DynamicCompressor:
 
     def require_reachable(self, target: float) -> None:
         """Raises UserError for a size ratio beyond what the choices allow."""
-        found, most = [], self.most_ratio()
+        most, found = self.most_ratio(), []
         if not 1.0 <= target <= most:
             found.append(
                 f"target = {target:g}: from 1 to {most:.1f} with the smallest keep "
                 f"{min(self.keeps)} and bits {min(self.bits)}"
             )
-        if 1.0 not in self.keeps:
-            found.append(f"keeps = {self.keeps}: 1.0 must be among them")
-        if found:
-            raise UserError(*found)
+        require(found)
 
     # --- state -------------------------------------------------------------------------------
 

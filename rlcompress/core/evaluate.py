@@ -29,6 +29,14 @@ from rlcompress.core.calls import Call, layer_weights
 from rlcompress.core.cost import CostModel
 from rlcompress.core.fitted import network_of
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
+from rlcompress.core.inputs import (
+    PRECISIONS,
+    estimate_problems,
+    image_problems,
+    label_problems,
+    option_problems,
+    require,
+)
 from rlcompress.core.measure import compare
 from rlcompress.core.prefix import FittedLayer, Prefix, Step
 from rlcompress.core.prune import kept_channels
@@ -46,8 +54,6 @@ from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, pars
 from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.trace import TraceError
 from rlcompress.core.train import distill
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 #: Rows that batch statistics are taken from: they are then known to 1 % of a deviation.
 STATISTICS_ROWS = 16384
@@ -80,6 +86,8 @@ class Evaluator(ABC):
                "steps:K" ("bn", then K steps of training on the fitted images)
     positions  sampled output positions a layer for the refit
     precision  of candidates: "float32", "bfloat16", or "auto" (`pick_dtype`)
+
+    Batch norms: Li et al., 2020, "EagleEye" (adaptive batch normalization). Refits: `reconstruct`.
     """
 
     #: Why evaluations run the whole network each time; empty if they need not.
@@ -356,7 +364,24 @@ def build_evaluator(
     seed: int = 0,
 ) -> Evaluator:
     """The incremental evaluator; for a model that torch.fx cannot trace the one that runs the
-    whole network each time (`Evaluator.slow` says why)."""
+    whole network each time (`Evaluator.slow` says why).
+
+    Arguments as `Evaluator` has them, on one device; `cache_bytes` bounds what intermediate results
+    take. `model` is left in eval mode and must not change as long as the evaluator is used.
+
+    Raises UserError, a line for each thing that is wrong with images, labels, estimates and
+    options.
+    """
+    require(
+        [
+            *image_problems("fit", fit, model, network),
+            *image_problems("score", score, model, network),
+            *label_problems(labels, len(score)),
+            *option_problems(recovery, positions, precision),
+            *estimate_problems(estimates, network),
+        ]
+    )
+    model.eval()
     from rlcompress.core.incremental import IncrementalEvaluator
     from rlcompress.core.whole import WholeEvaluator
 

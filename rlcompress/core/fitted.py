@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class CutNetwork:
-    """A cut network with float weights, and the scale_O of each quantized layer."""
+    """A cut network with float weights, and the scale_O (O,) > 0 of each quantized layer: what a
+    step of its integer codes is worth, in units of the weights."""
 
     model: nn.Module
     scales: dict[str, torch.Tensor]
@@ -30,7 +31,12 @@ class CutNetwork:
 
 
 def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -> CutNetwork:
-    """What the evaluator scored, as a network: refitted weights and batch statistics."""
+    """What the evaluator scored, as a network: `model`, the evaluator's, cut by `schedule`, with
+    refitted float weights and batch statistics, in eval mode; `model` itself stays whole.
+
+    Takes one evaluation. Raises UserError on groups and layers that the network does not have, and
+    on a width that was not estimated.
+    """
     return network_of(model, evaluator.network, evaluator.run(schedule, collect=True))
 
 
@@ -55,7 +61,7 @@ def network_of(model: nn.Module, network: Network, prefix: Prefix) -> CutNetwork
                 _set_statistics(modules[layer.batch_norm], part.mean_O, part.variance_O)
         for name, (mean, variance) in prefix.norms.items():
             _set_statistics(modules[name], mean, variance)
-    return CutNetwork(small, scales)
+    return CutNetwork(small.eval(), scales)
 
 
 def _set_statistics(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor) -> None:

@@ -58,8 +58,9 @@ def resize(module: nn.Module) -> None:
 
 
 def cut(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> nn.Module:
-    """A copy of `model` with every channel outside `kept` physically removed, and without what
-    its output does not depend on."""
+    """A copy of `model` with every channel outside `kept` (group -> mask (channels,)) physically
+    removed, and without what its output does not depend on: it computes what `masked` does. A group
+    that `kept` does not name stays whole."""
     small = copy.deepcopy(model)
     for name in network.unused:
         small.set_submodule(name, nn.Identity())

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 #: Weight bits that mean "not quantized": the layer keeps 32-bit floats.
@@ -45,7 +46,8 @@ def parse_recovery(recovery: str) -> tuple[str, int]:
 class Schedule:
     """What survives: group -> keep ratio in (0, 1], layer -> weight bits (2-8, or 32 = float).
 
-    A group or layer that is not named keeps everything: ratio 1.0, 32 bits.
+    A group or layer that is not named keeps everything: ratio 1.0, 32 bits. Raises ValueError on
+    other ratios and bits.
 
     >>> Schedule(keep={"features.0": 0.5}, bits={"features.0": 4}).to_json()
     '{"bits":{"features.0":4},"keep":{"features.0":0.5}}'
@@ -56,12 +58,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for group, ratio in self.keep.items():
-            if not 0.0 < ratio <= 1.0:
-                raise ValueError(f"keep[{group!r}] = {ratio}: a keep ratio lies in (0, 1]")
+            if not isinstance(ratio, Real) or not 0.0 < ratio <= 1.0:
+                raise ValueError(f"keep[{group!r}] = {ratio!r}: a keep ratio lies in (0, 1]")
         for layer, bits in self.bits.items():
-            if bits != FULL_PRECISION and not MIN_BITS <= bits <= MAX_BITS:
+            whole = isinstance(bits, Integral)
+            if not whole or (bits != FULL_PRECISION and not MIN_BITS <= bits <= MAX_BITS):
                 raise ValueError(
-                    f"bits[{layer!r}] = {bits}: weight bits are {MIN_BITS}-{MAX_BITS}, "
+                    f"bits[{layer!r}] = {bits!r}: weight bits are {MIN_BITS}-{MAX_BITS}, "
                     f"or {FULL_PRECISION} for floats"
                 )
 
@@ -69,10 +72,11 @@ class Schedule:
         return hash(self.to_json())
 
     def ratio(self, group: str) -> float:
+        """Share of a group's channels that survive, (0, 1]; 1.0 for a group that is not named."""
         return self.keep.get(group, 1.0)
 
     def width(self, layer: str) -> int:
-        """Weight bits of a layer."""
+        """Weight bits of a layer; 32 for one that is not named."""
         return self.bits.get(layer, FULL_PRECISION)
 
     def to_json(self) -> str:
@@ -80,6 +84,7 @@ class Schedule:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
+        """`{"keep": {group: ratio}, "bits": {layer: bits}}`, as JSON takes it."""
         return {"keep": dict(self.keep), "bits": dict(self.bits)}
 
     @classmethod
@@ -126,10 +131,12 @@ class Measurement:
     unexplained: float | None = None
 
     def to_dict(self) -> dict[str, float | int | None]:
+        """Its fields by name; the inverse of `from_dict`."""
         return dict(vars(self))  # `asdict` would copy every number deeply
 
     def error(self, score: str = "kl") -> float:
-        """How far from the dense network, by one of `SCORES`; less is better."""
+        """How far from the dense network, by one of `SCORES`; less is better. Raises ValueError for
+        unexplained variance that was not measured."""
         value = {"kl": self.kl, "accuracy": 1 - self.accuracy, "unexplained": self.unexplained}
         error = value[score]
         if error is None:

@@ -37,6 +37,7 @@ from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.errors import UserError
 from rlcompress.core.fisher import backward, readers_of, temperature_of
 from rlcompress.core.graph import Link, Network
+from rlcompress.core.inputs import borrowed, choice_problems, image_problems, require
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
 from rlcompress.core.reading import all_gradients
@@ -235,17 +236,42 @@ def estimate(
     told: int | None = None,
     positions: int = 2048,
 ) -> Estimates:
-    """Estimates from unlabelled `images` (N, C, H, W); an evaluation's time or two.
+    """Estimates from unlabelled `images` (N, C, H, W), on the model's device and normalised as the
+    model was trained on; an evaluation's time or two.
 
+    keeps      keep ratios, (0, 1], 1.0 among them
+    bits       weight bits, 2 to 8
     clip       the rule of `quant.choose_clip`
     told       how many of `images`, the first ones, are estimated on (None: all). Layers are
                refitted on the others; where those are less than half as many, on the second half
                of the first ones, and their first half tells what is then lost
     positions  sampled output positions a layer for the refit
 
-    The model is left as it was.
+    The model is left as it was. Importance: first-order Taylor expansion (Molchanov et al., 2019,
+    eq. 8) of the loss against the network's own answers; bits: diagonal Fisher information (Theis
+    et al., 2018); channels: the same to second order, where they are read (`_cut_costs`).
+
+    Raises UserError, a line for each thing that is wrong with `keeps`, `bits` and `images`.
     """
-    model = model.eval()
+    require(choice_problems(keeps, bits) + image_problems("images", images, model, network))
+    with borrowed(model):
+        return _estimate(
+            model, network, images, tuple(keeps), tuple(bits), clip, seed, batch, told, positions
+        )
+
+
+def _estimate(
+    model: nn.Module,
+    network: Network,
+    images: torch.Tensor,
+    keeps: tuple[float, ...],
+    bits: tuple[int, ...],
+    clip: str,
+    seed: int,
+    batch: int,
+    told: int | None,
+    positions: int,
+) -> Estimates:
     images, rest = images.tensor_split([len(images) if told is None else told])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -293,7 +319,7 @@ def estimate(
     solved = solved_costs(
         model,
         network,
-        Choices(tuple(keeps), tuple(bits), kept, clips),
+        Choices(keeps, bits, kept, clips),
         rest,
         images,
         temperature=temperature,
@@ -301,8 +327,8 @@ def estimate(
         seed=seed,
     )
     return Estimates(
-        keeps=tuple(keeps),
-        bits=tuple(bits),
+        keeps=keeps,
+        bits=bits,
         importance=importance,
         prune=prune,
         prune_solved={g: np.minimum(prune[g], cost) for g, cost in solved[0].items()},

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from rlcompress.core.errors import UserError
 from rlcompress.core.fitted import CutNetwork
 from rlcompress.core.graph import Layer, Network, kept_mask
+from rlcompress.core.inputs import borrowed
 from rlcompress.core.prune import cut, most_important
 from rlcompress.core.quant import (
     fake_quantize,
@@ -204,10 +205,8 @@ def require_called(model: nn.Module, network: Network, example: torch.Tensor) ->
         modules[name].register_forward_hook(lambda *_, name=name: called.add(name))
         for name in network.layers
     ]
-    modes = [(module, module.training) for module in modules.values()]
-    model.eval()(example.to(next(model.parameters()).device))
-    for module, training in modes:
-        module.training = training
+    with borrowed(model):
+        model(example.to(next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
     missing = [name for name in network.layers if name not in called]

@@ -21,6 +21,7 @@ from rlcompress.core.calls import layer_weights
 from rlcompress.core.coupling import Coupling, Member, couple
 from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
+from rlcompress.core.inputs import borrowed
 from rlcompress.core.prune import cut, masked
 from rlcompress.core.reading import NORMS, Reading, all_gradients, read, rest_of
 
@@ -34,11 +35,18 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
 
     round_to  kept channels are multiples of it (or all there are)
 
+    The model is left as it was. Coupled channels: torch-pruning's dependency graph (DepGraph,
+    Fang et al., 2023).
+
     Raises UserError if it cannot be run, does not return one tensor, or has no layer.
     """
-    model = model.eval()
     weights = layer_weights(model)
     _refuse_shared(weights)
+    with borrowed(model):
+        return _read_and_checked(model, example, round_to)
+
+
+def _read_and_checked(model: nn.Module, example: torch.Tensor, round_to: int) -> Network:
     reading = read(model, (example,))
     if not isinstance(reading.output, torch.Tensor):
         raise UserError(
@@ -57,7 +65,8 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
 def require_logits(model: nn.Module, example: torch.Tensor, classes: int) -> None:
     """Raises UserError unless the network, which `build_network` could read, answers one image
     (1, C, H, W) with logits (1, classes) or more."""
-    shape = tuple(model.eval()(example).shape)
+    with borrowed(model):
+        shape = tuple(model(example).shape)
     if len(shape) != 2 or shape[0] != 1 or shape[1] < classes:
         raise UserError(
             f"{type(model).__name__} returns {shape} for one image; "

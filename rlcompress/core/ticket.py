@@ -55,7 +55,9 @@ UNTRAINED = "reconstructed"
 def cut_network(
     model: nn.Module, network: Network, kept: Mapping[str, np.ndarray], schedule: Schedule
 ) -> CutNetwork:
-    """`model` cut, with the scales of least squared weight error."""
+    """`model` cut to the channels `kept` (group -> mask (channels,)), its weights as they are, with
+    the scales of least squared weight error for the layers that `schedule` gives fewer than 32
+    bits. `model` itself stays whole; the copy is in its mode."""
     small = cut(model, network, kept)
     modules = dict(small.named_modules())
     scales = {}

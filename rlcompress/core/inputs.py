@@ -1,0 +1,110 @@
+"""What callers of the library hand in, checked before anything is computed with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rlcompress.core.errors import UserError, did_you_mean
+from rlcompress.core.graph import Network
+from rlcompress.core.schedule import MAX_BITS, MIN_BITS, RECOVERIES, parse_recovery
+
+if TYPE_CHECKING:
+    from rlcompress.core.sensitivity import Estimates
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """A model that is somebody's own: in eval mode and without gradients inside, with its modes
+    and gradients of before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.eval().zero_grad(set_to_none=True)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def choice_problems(keeps: Sequence[float], bits: Sequence[int]) -> list[str]:
+    """What is wrong with a search's choices."""
+    low = [ratio for ratio in keeps if not 0 < ratio <= 1]
+    found = [f"keeps = {ratio}: a keep ratio lies in (0, 1]" for ratio in low]
+    if 1.0 not in keeps:
+        found.append(f"keeps = {tuple(keeps)}: 1.0 must be among them")
+    allowed = f"whole numbers from {MIN_BITS} to {MAX_BITS}"
+    widths = range(MIN_BITS, MAX_BITS + 1)
+    found += [f"bits = {width!r}: {allowed}" for width in bits if width not in widths]
+    return found if bits else [*found, f"bits = (): at least one; {allowed}"]
+
+
+def image_problems(
+    name: str, images: torch.Tensor, model: nn.Module, network: Network
+) -> list[str]:
+    """What is wrong with `images`: they are (N, C, H, W), as many channels as the network was read
+    with, of the weights' type and on their device, finite, at least one."""
+    channels = network.input_shape[0]
+    if images.ndim != 4 or images.shape[1] != channels or images.numel() == 0:
+        return [
+            f"{name}: of shape {tuple(images.shape)}; "
+            f"allowed: (N, {channels}, H, W) with at least one image"
+        ]
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    if images.device != like.device:
+        return [f"{name}: on {images.device}; the network is on {like.device}"]
+    if images.dtype != like.dtype:
+        return [f"{name}: {images.dtype}; allowed: {like.dtype}, as the network's weights"]
+    return [] if bool(images.isfinite().all()) else [f"{name}: has values that are not finite"]
+
+
+def label_problems(labels: torch.Tensor | None, count: int) -> list[str]:
+    """What is wrong with the labels (count,) of as many images."""
+    if labels is None:
+        return []
+    if tuple(labels.shape) != (count,):
+        return [f"labels: of shape {tuple(labels.shape)}; allowed: ({count},), one a scored image"]
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        return [f"labels: {labels.dtype}; allowed: integers, the number of the class"]
+    if int(labels.min()) < 0:
+        return [f"labels: {int(labels.min())} among them; allowed: 0 and above"]
+    return []
+
+
+def option_problems(recovery: str, positions: int, precision: str) -> list[str]:
+    """What is wrong with an evaluator's options."""
+    found = []
+    try:
+        parse_recovery(recovery)
+    except ValueError as error:
+        found.append(str(error) + did_you_mean(recovery, RECOVERIES))
+    if precision not in PRECISIONS:
+        near = did_you_mean(precision, PRECISIONS)
+        found.append(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}{near}")
+    if positions < 1:
+        found.append(f"positions = {positions}: must be 1 or more")
+    return found
+
+
+def estimate_problems(estimates: Estimates, network: Network) -> list[str]:
+    """Whether they are of this network."""
+    shapes = {name: len(table) for name, table in estimates.importance.items()}
+    if shapes == {name: group.channels for name, group in network.groups.items()} and (
+        {*estimates.clip} == {*network.layers}
+    ):
+        return []
+    return ["estimates: they are of another network"]
+
+
+def require(problems: Sequence[str]) -> None:
+    """Raises UserError with a line for each of `problems`, if there are any."""
+    if problems:
+        raise UserError(*problems)

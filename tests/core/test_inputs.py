@@ -1,0 +1,120 @@
+"""The library says what is wrong with what it is given, before it computes anything."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from rlcompress import DynamicCompressor
+from rlcompress.core import (
+    Schedule,
+    UserError,
+    build_evaluator,
+    build_network,
+    cut_network,
+    estimate,
+    fitted_network,
+)
+
+
+def refused(function, *args, **options):
+    with pytest.raises(UserError) as caught:
+        function(*args, **options)
+    return str(caught.value).splitlines()
+
+
+def test_images_that_are_none(trained, fit):
+    model, network = trained.model, trained.network
+    shape = tuple(network.input_shape)
+    assert refused(estimate, model, network, fit[:0]) == [
+        f"images: of shape {(0, *shape)}; allowed: (N, {shape[0]}, H, W) with at least one image"
+    ]
+    assert "of shape (4, 3," in refused(estimate, model, network, fit[:4].expand(-1, 3, -1, -1))[0]
+    assert refused(estimate, model, network, (fit[:4] * 255).to(torch.uint8)) == [
+        "images: torch.uint8; allowed: torch.float32, as the network's weights"
+    ]
+    assert refused(estimate, model, network, fit[:4] / 0) == [
+        "images: has values that are not finite"
+    ]
+    assert refused(estimate, model, network, fit[:4].to("meta")) == [
+        "images: on meta; the network is on cpu"
+    ]
+
+
+def test_choices_all_at_once(trained, fit):
+    lines = refused(estimate, trained.model, trained.network, fit, keeps=(0.5, 0.0), bits=(1, 4))
+    assert lines == [
+        "keeps = 0.0: a keep ratio lies in (0, 1]",
+        "keeps = (0.5, 0.0): 1.0 must be among them",
+        "bits = 1: whole numbers from 2 to 8",
+    ]
+    assert "at least one" in refused(estimate, trained.model, trained.network, fit, bits=())[0]
+
+
+def test_an_evaluator_s_arguments_all_at_once(trained, estimates, fit, score):
+    model, network = trained.model, trained.network
+    score, labels = score.images(), torch.tensor(score.labels_N)
+    lines = refused(
+        build_evaluator,
+        *(model, network, fit[:0], score, labels[:3], estimates),
+        recovery="reconstruc",
+        precision="float64",
+        positions=0,
+    )
+    assert len(lines) == 5
+    assert lines[0].startswith("fit: of shape (0, ")
+    assert lines[1] == f"labels: of shape (3,); allowed: ({len(score)},), one a scored image"
+    assert lines[2].endswith('; did you mean "reconstruct"?')
+    assert lines[3].startswith("precision 'float64'; allowed: auto, float32, bfloat16")
+    assert lines[4] == "positions = 0: must be 1 or more"
+    for wrong, said in ((labels.float(), "torch.float32"), (labels - 100, "0 and above")):
+        (line,) = refused(build_evaluator, model, network, fit, score, wrong, estimates)
+        assert said in line
+    other = torch.nn.Sequential(torch.nn.Conv2d(network.input_shape[0], 4, 3), torch.nn.Flatten())
+    theirs = build_network(other, fit[:1])
+    assert refused(build_evaluator, other, theirs, fit, score, None, estimates) == [
+        "estimates: they are of another network"
+    ]
+
+
+@pytest.mark.parametrize("bits", ["4", 4.0, 1, True, None])
+def test_bits_are_whole_numbers(bits):
+    with pytest.raises(ValueError, match=r"weight bits are 2-8, or 32"):
+        Schedule(bits={"9": bits})
+
+
+@pytest.mark.parametrize("ratio", ["0.5", 0.0, 1.5, None, float("nan")])
+def test_keeps_are_ratios(ratio):
+    with pytest.raises(ValueError, match=r"a keep ratio lies in \(0, 1\]"):
+        Schedule(keep={"9": ratio})
+
+
+def test_a_training_model_trains_on(trained, fit):
+    """Modes of all modules and gradients are the caller's."""
+    model = copy.deepcopy(trained.model).train()
+    frozen = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    frozen.eval()
+    model(fit[:8]).sum().backward()
+    modules = [*model.modules()]
+    modes = [module.training for module in modules]
+    parameters = [*model.parameters()]
+    gradients = [parameter.grad.clone() for parameter in parameters]
+    network = build_network(model, fit[:1])
+    estimate(model, network, fit[:8], keeps=(0.5, 1.0), bits=(4,))
+    DynamicCompressor(model, fit[:1], target=2.0, policy=None)
+    assert [module.training for module in modules] == modes
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_small_networks_answer_as_they_are(trained, estimates, fit, score):
+    """In eval mode, whatever mode the dense one was in."""
+    model = copy.deepcopy(trained.model).train()
+    evaluator = build_evaluator(model, trained.network, fit, score.images(), None, estimates)
+    schedule = trained.network.uniform(0.5, 4)
+    assert not any(m.training for m in fitted_network(model, evaluator, schedule).model.modules())
+    kept = evaluator.kept(schedule)
+    model.eval()
+    assert not cut_network(model, trained.network, kept, schedule).model.training
