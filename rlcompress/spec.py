@@ -7,16 +7,14 @@ does not inherit the `args` of the old one. The options themselves are in `schem
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from rlcompress.core.errors import UserError, did_you_mean
 from rlcompress.core.files import save_bytes
@@ -35,6 +33,7 @@ from rlcompress.schema import (
     TrackingSpec,
     spec_hash,
 )
+from rlcompress.schema.complaints import Loc, problems, show
 
 __all__ = [
     "CalibrationSpec",
@@ -56,8 +55,6 @@ __all__ = [
     "spec_hash",
     "write_resolved",
 ]
-
-Loc = tuple[int | str, ...]
 
 
 class SpecError(UserError):
@@ -168,71 +165,6 @@ def _read(path: Path, hint: str) -> Any:
     return _parse(text, str(path))
 
 
-def _show(value: object) -> str:
-    try:
-        text = json.dumps(value, default=str)
-    except (TypeError, ValueError):  # a key that is no text, or a mapping that holds itself
-        text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _keys(model: type[BaseModel], loc: Loc) -> list[str]:
-    """Names of the options at `loc`; none where it holds no options."""
-    kind: Any = model
-    for part in loc:
-        if get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-            continue
-        fields = getattr(kind, "model_fields", {})
-        kind = fields[part].annotation if part in fields else None
-    return list(getattr(kind, "model_fields", ()))
-
-
-def _complaint(model: type[BaseModel], error: ErrorDetails) -> str:
-    """What pydantic found, in words that say what to write instead."""
-    kind, loc = error["type"], error["loc"]
-    if kind == "extra_forbidden":
-        allowed = _keys(model, loc[:-1])
-        # The right word in the wrong section is nearer than a word that looks like it.
-        paths = [f"{key}.{loc[-1]}" for key in allowed if loc[-1] in _keys(model, (key,))]
-        near = f"; did you mean {' or '.join(paths)}?" if paths else did_you_mean(loc[-1], allowed)
-        return f"no such key{near} (allowed: {', '.join(allowed)})"
-    if kind == "literal_error":
-        names = re.findall(r"'([^']*)'", error["ctx"]["expected"])
-        return f"must be one of {', '.join(names)}{did_you_mean(error['input'], names)}"
-    if kind in ("model_type", "dict_type"):
-        keys = _keys(model, loc)
-        return "must be a mapping" + (f" (keys: {', '.join(keys)})" if keys else "")
-    plain = {
-        "missing": "missing, and has no default",
-        "tuple_type": "must be a list",
-        "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-'",
-        "invalid-json-value": "must be numbers, text, true, false, null, lists or mappings",
-    }
-    message = plain.get(kind, error["msg"].removeprefix("Value error, "))
-    return message.replace("Input should", "must", 1)
-
-
-def _problems(
-    model: type[BaseModel], error: ValidationError, where: Callable[[Loc], str]
-) -> list[str]:
-    """A line a problem; `where` says in which file and experiment a key stands."""
-    lines, details = [], error.errors(include_url=False)
-    for detail in details:
-        loc = detail["loc"]
-        # A list whose items are all wrong is called too short besides.
-        inside = (d["loc"] for d in details if len(d["loc"]) > len(loc))
-        if detail["type"] == "too_short" and any(other[: len(loc)] == loc for other in inside):
-            continue
-        if detail["type"] == "invalid-json-value":
-            loc = loc[: loc.index("args") + 2]  # beyond it pydantic adds words of its own
-        path = ".".join(str(part) for part in loc)
-        value = "" if detail["type"] == "missing" else f" = {_show(detail['input'])}"
-        key = f"{path}{value}: " if path else ""
-        lines.append(f"{where(loc)}{key}{_complaint(model, detail)}")
-    return lines
-
-
 def load_experiments(path: Path | str) -> ExperimentFile:
     """Read a file of experiments and check its layout.
 
@@ -244,7 +176,7 @@ def load_experiments(path: Path | str) -> ExperimentFile:
     try:
         layout = _Layout.model_validate(raw)
     except ValidationError as error:
-        raise SpecError(*_problems(_Layout, error, lambda loc: f"{path}: ")) from None
+        raise SpecError(*problems(_Layout, error, lambda loc: f"{path}: ")) from None
     entries = layout.experiments
     return ExperimentFile(
         path=path,
@@ -296,7 +228,7 @@ def _chain(file: ExperimentFile, name: str) -> list[str]:
             raise SpecError(f"{file.path}: {name}: extends goes round in a circle: {loop}")
         if current not in file.experiments:
             known = sorted(file.experiments)
-            user = f"{names[-1]}: extends = {_show(current)}" if names else current
+            user = f"{names[-1]}: extends = {show(current)}" if names else current
             near = did_you_mean(current, known)
             raise SpecError(
                 f"{file.path}: {user}: no such experiment{near} (there are: {', '.join(known)})"
@@ -360,7 +292,7 @@ def resolve(file: ExperimentFile, name: str, overrides: Sequence[str] = ()) -> E
     try:
         experiment = Experiment.model_validate(merged)
     except ValidationError as error:
-        raise SpecError(*lines, *_problems(Experiment, error, where)) from None
+        raise SpecError(*lines, *problems(Experiment, error, where)) from None
     if lines:
         raise SpecError(*lines)
     return experiment
@@ -371,7 +303,7 @@ def resolve_alone(model: str, shape: str, classes: int) -> Alone:
     try:
         return Alone.model_validate({"model": model, "input": shape, "classes": classes})
     except ValidationError as error:
-        raise SpecError(*_problems(Alone, error, lambda loc: "--")) from None
+        raise SpecError(*problems(Alone, error, lambda loc: "--")) from None
 
 
 def write_resolved(experiment: Experiment, name: str, path: Path | str) -> None:
@@ -393,5 +325,5 @@ def read_resolved(path: Path | str) -> Resolved:
     try:
         stored = _RunFile.model_validate(raw)
     except ValidationError as error:
-        raise SpecError(*_problems(_RunFile, error, lambda loc: f"{path}: ")) from None
+        raise SpecError(*problems(_RunFile, error, lambda loc: f"{path}: ")) from None
     return Resolved(stored.experiment, stored.spec, stored.hash)

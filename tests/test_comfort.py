@@ -70,6 +70,9 @@ def test_search_as_json_in_a_folder_with_spaces_and_umlauts(rlcompress):
     assert {json.dumps(json.loads(line)) for line in lines} >= set(front)
     assert front
     assert "search uniform  4/4" in told.err
+    best = content["searchers"]["uniform"]["best"]
+    assert ("uniform: 4 schedules measured, none within" in told.err) == (best is None)
+    assert ("uniform: 4 schedules measured; within" in told.err) == (best is not None)
     # The command that is named next can be copied.
     assert "rlcompress ticket tiny --file 'my experiments.yaml' --out 'rün s/é'" in told.err
     assert rlcompress("dynamic", *words).code == 0

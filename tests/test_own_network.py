@@ -95,6 +95,8 @@ def test_check_prints_the_table_and_writes_nothing(tmp_path):
     [
         (["--model", "torchvision.models:alexnett"], "did you mean"),
         (["--model", "nosuch.module:x"], "cannot import nosuch.module"),
+        (["--model", "torchvison.models:x"], 'did you mean "torchvision"?'),
+        (["--model", "torchvision.model:x"], 'did you mean "torchvision.models"?'),
         (["--model", "vgg"], "--model = "),
         (["--model", "torchvision.models:alexnet", "--input", "3,4"], "three whole numbers"),
         (

@@ -195,7 +195,7 @@ def test_best_ticket_is_the_densest_at_the_floor(run: Path) -> None:
 
 
 SHORT = (
-    "no ticket within ticket.floor = 1 points of dense (best -2.80 on validation): lower "
+    "no ticket within 1 point of dense, ticket.floor (best -2.80 on validation): lower "
     "search.target (--target of compress), raise search.episodes (--evaluations) or ticket.floor"
 )
 

@@ -170,7 +170,7 @@ experiments:
         lines = problems(resolve, file, "child", ["ticket.top=0", "noequals", "dense.lr=[1"])
         at = f"{tmp_path / 'experiments.yaml'}: child: "
         expected = [
-            (f"{at}(from defaults) seed = ", '"soon"', "integer"),
+            (f"{at}(from defaults) seed = ", '"soon"', "whole number, 0 or more"),
             (f"{at}(from base) model.factory = ", '"vgg18"', 'did you mean "vgg19"?'),
             (f"{at}(from base) search.bits.1 = ", "9", "8"),
             (f"{at}search.serchers = ", "3", 'did you mean "searcher"? (allowed: searcher, '),
@@ -203,9 +203,9 @@ experiments:
             ("search=3", "must be a mapping (keys: searcher,"),
             ("search..episodes=3", "KEY=VALUE"),
             ("extends=other", "no such key"),
-            ("search.episodes=", "integer"),
-            ("search.episodes=3.0", "integer"),
-            ("search.episodes=true", "integer"),
+            ("search.episodes=", "whole number, 1 or more"),
+            ("search.episodes=3.0", "whole number, 1 or more"),
+            ("search.episodes=true", "whole number, 1 or more"),
             ("dense.augment=1", "boolean"),
             ("dense.lr='0.1'", "number"),
             ("dense.lr=.inf", "finite"),

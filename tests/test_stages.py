@@ -166,7 +166,7 @@ def test_a_missed_floor_is_the_last_line_and_another_floor_makes_no_other_ticket
         (run / "tickets" / ticket["id"] / "ticket.json").write_text(json.dumps(ticket))
     told = command(tmp_path / "copy", "run", "tiny").stdout.splitlines()
     assert re.fullmatch(
-        r"no ticket within ticket\.floor = 3 points of dense \(best -1\d\.\d\d on validation\): "
+        r"no ticket within 3 points of dense, ticket\.floor \(best -1\d\.\d\d on validation\): "
         r"lower search\.target .* or ticket\.floor",
         told[-1],
     )

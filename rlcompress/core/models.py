@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 
 from rlcompress.core import small_models
 from rlcompress.core.attention import plain_attention
-from rlcompress.core.errors import UserError, blame
+from rlcompress.core.errors import UserError, blame, did_you_mean
 
 #: Convolutions of each of VGG's five stages (Simonyan & Zisserman, 2015, table 1: A, D, E), and
 #: their output channels; a pooling ends each stage.
@@ -152,6 +153,15 @@ BUILT_IN: Mapping[str, Callable[..., nn.Module]] = {
 }
 
 
+def _near_module(name: str) -> str:
+    """A hint at the module that may be meant by one that is not there."""
+    package, dot, _ = name.rpartition(".")
+    inside = getattr(sys.modules.get(package), "__path__", None) if package else None
+    if package and inside is None:
+        return ""
+    return did_you_mean(name, [package + dot + m.name for m in pkgutil.iter_modules(inside)])
+
+
 def find_factory(reference: str, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """The callable that a built-in name or `"pkg.mod:factory"` names.
 
@@ -174,6 +184,8 @@ def find_factory(reference: str, built_in: Mapping[str, Callable[..., Any]]) -> 
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module runs
         why = error if isinstance(error, ImportError) else blame(error)
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        why = f"{why}{_near_module(absent or '')}"
         raise UserError(f'factory "{reference}": cannot import {module_name}: {why}') from error
     factory = getattr(module, attribute, None)
     if not callable(factory):

@@ -15,10 +15,15 @@ from rlcompress.report.figures import TIMES, arm_measurements, size
 
 #: What brings a ticket to the accuracy floor, by the searcher; else that of `search`.
 _REMEDIES = {"dynamic": "lower dynamic.target, raise dynamic.final_steps or ticket.floor"}
-_REMEDY = (
+REMEDY = (
     "lower search.target (--target of compress), raise search.episodes (--evaluations) or "
     "ticket.floor"
 )
+
+
+def points(value: float) -> str:
+    """Of accuracy: `1 point`, `0.5 points`."""
+    return f"{value:.3g} point" + "s" * (value != 1)
 
 
 def below_floor(ticket: Mapping[str, Any]) -> str:
@@ -27,11 +32,11 @@ def below_floor(ticket: Mapping[str, Any]) -> str:
     if ticket_rank(ticket)[0]:
         return ""
     validation = ticket["validation"]
-    points = 100 * (validation[ticket["arm"]] - validation["dense"])
-    remedy = _REMEDIES.get(ticket["searcher"], _REMEDY)
+    best = 100 * (validation[ticket["arm"]] - validation["dense"])
+    remedy = _REMEDIES.get(ticket["searcher"], REMEDY)
     return (
-        f"no ticket within ticket.floor = {ticket['floor']:g} points of dense "
-        f"(best {points:+.2f} on validation): {remedy}"
+        f"no ticket within {points(ticket['floor'])} of dense, ticket.floor "
+        f"(best {best:+.2f} on validation): {remedy}"
     )
 
 

@@ -30,7 +30,7 @@ from rlcompress.stages.deliver import (
 )
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.preflight import require_possible
-from rlcompress.stages.search import print_front, search_all, searched
+from rlcompress.stages.search import outcome_lines, print_front, search_all, searched
 from rlcompress.stages.ticket import make_tickets
 from rlcompress.stages.workspace import Workspace
 
@@ -109,7 +109,9 @@ class Run:
                 _prepare(w)
                 train_dense(w)
                 records = search_all(w)
-            console.print(f"{len(records)} schedules measured: {w.folder / 'search/archive.jsonl'}")
+            for line in outcome_lines(w, records):
+                console.print(line, soft_wrap=True, highlight=False)
+            console.print(f"archive  {w.folder / 'search/archive.jsonl'}")
             console.print(f"next     {w.next('ticket')}")
         if as_json:
             print_json(searched(w, records))

@@ -32,7 +32,7 @@ def list_tickets(uri: str | None, *, as_json: bool) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for t in found:
         table.add_row(
-            f"{t.id}{' *' if t.champion else ''}",
+            f"{t.id}{' *' if t.champion else ''}{' !' if t.at_floor is False else ''}",
             t.experiment,
             t.arm,
             str(t.seed),
@@ -46,6 +46,8 @@ def list_tickets(uri: str | None, *, as_json: bool) -> None:
     console.print(table)
     if any(t.champion for t in found):
         console.print("* champion of its experiment: the densest at the accuracy floor")
+    if any(t.at_floor is False for t in found):
+        console.print("! below the accuracy floor of its experiment (ticket.floor), on validation")
 
 
 def _best_control(t: Found) -> str:
@@ -67,10 +69,15 @@ def print_ticket(name: str, uri: str | None, *, as_json: bool) -> None:
         console.print_json(json.dumps({**asdict(t), "schedule": schedule}))
         return
     points = 100 * (t.accuracy - t.dense_accuracy)
+    floor: dict[bool | None, str] = {
+        True: ", at the floor",
+        False: ", below the floor (ticket.floor, on validation)",
+    }
     rows = {
         "ticket": t.id + (" (champion)" if t.champion else ""),
         "experiment": t.experiment,
-        "test": f"{t.accuracy:.2%}, dense {t.dense_accuracy:.2%}, {points:+.2f} points",
+        "test": f"{t.accuracy:.2%}, dense {t.dense_accuracy:.2%}, {points:+.2f} points"
+        + floor.get(t.at_floor, ""),
         "bytes": f"{t.bytes:,}, {t.dense_bytes / t.bytes:.1f}x fewer, {t.density:.1f} %/MB",
         "arm": t.arm,
         "controls": ", ".join(f"{n} {a:.2%}" for n, a in t.controls.items()),

@@ -14,6 +14,7 @@ from rlcompress.core.files import JsonLines, read_json, save_json
 from rlcompress.core.pareto import Front, archive_front, best_at_floor
 from rlcompress.core.schedule import Measurement, Record
 from rlcompress.live import Stage, console, stage
+from rlcompress.report.card import REMEDY, points
 from rlcompress.searchers import Settings
 from rlcompress.stages.describe import notes
 from rlcompress.stages.policies import PLAYED, agent_of, begin_with, policy_of
@@ -71,6 +72,24 @@ def searched(run: Workspace, records: list[Record]) -> dict[str, Any]:
         "floor": floor,
         "searchers": rows,
     }
+
+
+def outcome_lines(run: Workspace, records: list[Record]) -> list[str]:
+    """Of each searcher its densest schedule at the accuracy floor, or that none is there."""
+    found = searched(run, records)
+    dense, allowed = found["dense"], points(run.experiment.ticket.floor)
+    lines = []
+    for name, mine in found["searchers"].items():
+        said = f"{mine['evaluations']} schedules measured"
+        if mine["best"] is None:
+            lines.append(f"{name}: {said}, none within {allowed} of dense, ticket.floor: {REMEDY}")
+            continue
+        best = mine["best"]["measurement"]
+        lines.append(
+            f"{name}: {said}; within {allowed} of dense {dense['bytes'] / best['bytes']:.1f}x, "
+            f"{best['bytes']:,} bytes, {best['accuracy']:.2%} (dense {dense['accuracy']:.2%})"
+        )
+    return lines
 
 
 def _describe_problem(run: Workspace, folder: Path) -> None:
@@ -151,11 +170,8 @@ class Keeper:
 
     def _said(self) -> str:
         if self.best is None:
-            points = 100 * (self.dense.accuracy - self.floor)
-            return (
-                f"front {len(self.front)}  none yet within {points:.3g} points of dense "
-                f"({self.floor:.1%})"
-            )
+            allowed = points(100 * (self.dense.accuracy - self.floor))
+            return f"front {len(self.front)}  none yet within {allowed} of dense ({self.floor:.1%})"
         best = self.best.measurement
         return (
             f"front {len(self.front)}  best {self.dense.bytes / best.bytes:.1f}x "

@@ -27,6 +27,7 @@ class Found:
     """One ticket in MLflow. Accuracies are shares (0-1) on the test split.
 
     controls  arm -> accuracy;  champion  whether the registry's alias names it
+    at_floor  whether it is at its experiment's accuracy floor on validation; None if not known
     lineage   what it came from: policy, commit, version, target, spec hash
     """
 
@@ -42,6 +43,7 @@ class Found:
     density: float
     controls: dict[str, float]
     champion: bool
+    at_floor: bool | None
     created: str
     store: str
     run_id: str
@@ -144,6 +146,7 @@ def _of(run: Any, experiment: str, uri: str, champion: str | None) -> Found:
         density=metrics["density"],
         controls=dict(sorted(controls.items())),
         champion=run.info.run_id == champion,
+        at_floor={"True": True, "False": False}.get(run.data.tags.get("rlcompress.at_floor", "")),
         created=run.data.tags.get("rlcompress.created", ""),
         store=uri,
         run_id=run.info.run_id,

@@ -164,6 +164,8 @@ class Tracker:
         ticket  the content of its ticket.json
         """
         child = self._child(ticket)
+        # A tag: another floor later on makes no other ticket.
+        self.client.set_tag(child, "rlcompress.at_floor", str(ticket_rank(ticket)[0]))
         if "rlcompress.complete" in self.client.get_run(child).data.tags:
             return
         names = ("id", "searcher", "arm", "seed", "spec_hash", "target", "split")

@@ -81,9 +81,17 @@ def test_tickets_of_all_stores_are_found(
     register(tracker, run, make_ticket("dense-one", size=60_000))
     lineage = {"commit": "abc123", "version": "1.0", "policy": "f00"}
     register(tracker, run, {**make_ticket("small-one", size=40_000), "lineage": lineage})
+    below = make_ticket("low-one", size=30_000)
+    below["validation"][below["arm"]] = 0.5
+    register(tracker, run, below)
     root = run.parent
     found = find_tickets(stores(root=root))
-    assert [(t.id, t.champion) for t in found] == [("small-one", True), ("dense-one", False)]
+    assert [(t.id, t.champion, t.at_floor) for t in found] == [
+        ("low-one", False, False),
+        ("small-one", True, True),
+        ("dense-one", False, True),
+    ]
+    found = found[1:]
     assert found[0].lineage["commit"] == "abc123"
     assert found[0].controls == {"reconstructed": 0.91, "fresh": 0.8}
     assert found[0].bytes == 40_000
@@ -92,13 +100,16 @@ def test_tickets_of_all_stores_are_found(
     code, out, _ = said(capsys)
     assert code == 0
     assert "small-one *" in out
+    assert "low-one !" in out
+    assert "! below the accuracy floor" in out
     assert "-0.50" in out
     assert "reconstructed 91.00%" in out
     code, out, _ = said(capsys, "--json")
-    assert [t["id"] for t in json.loads(out)] == ["small-one", "dense-one"]
+    assert [t["id"] for t in json.loads(out)] == ["low-one", "small-one", "dense-one"]
     code, out, _ = said(capsys, "show", "small")
     assert code == 0
     assert "small-one (champion)" in out
+    assert "points, at the floor" in out
     assert "abc123" in out
     assert '{"a": 0.5}' in out
     code, out, _ = said(capsys, "show", "dense-one", "--json")
@@ -106,10 +117,9 @@ def test_tickets_of_all_stores_are_found(
     code, out, _ = said(capsys, "--json", "show", "dense-one")
     assert json.loads(out)["id"] == "dense-one"
     code, _, err = said(capsys, "show", "smell-one")
-    assert (code, err) == (
-        2,
-        "ticket 'smell-one': not among small-one, dense-one; did you mean \"small-one\"?\n",
-    )
+    known = "low-one, small-one, dense-one"
+    assert code == 2
+    assert err == f"ticket 'smell-one': not among {known}; did you mean \"small-one\"?\n"
     monkeypatch.chdir(run.parents[1] / "elsewhere")
 
 
