@@ -36,6 +36,7 @@ from rlcompress.stages.finals import finals
 from rlcompress.stages.workspace import Workspace
 
 SEARCHER = "knapsack"
+WINNERS = {"search", "finals"}
 
 
 def winners(run: Workspace, evaluations: int) -> dict[str, tuple[Record, float]]:
@@ -64,13 +65,16 @@ def measure(network: str, seed: int, evaluations: int) -> None:
     torch.set_num_threads(1)
     rows = results.Rows(Path("runs") / f"finals-{network}.jsonl")
     about: dict[str, Any] = {"key": f"{identity(run)} {evaluations}", "seed": seed}
-    if any({**row, **about} == row for row in rows.rows):
+    done = {row["winner"] for row in rows.rows if {**row, **about} == row}
+    if done == WINNERS:
         return
     dense: nn.Module = run.network("trained")
     held = run.splits[2]
     accuracy = top1(dense, held)
     evaluator = run.evaluator(dense, run.experiment.ticket.fit_images, run.splits[0], seed)
     for name, (record, whole) in winners(run, evaluations).items():
+        if name in done:
+            continue
         small = fitted_network(dense, evaluator, record.schedule)
         task = Task(small, run.structure, record.schedule)
         said = 100 * (record.measurement.accuracy - whole)
@@ -107,10 +111,11 @@ def main() -> None:
     parser.add_argument("--networks", default="vgg19,mobilenetv2")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--evaluations", type=int, default=100)
+    parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
     options = parser.parse_args()
     if options.quick:
         options.evaluations, options.seeds = 12, "1"
-    for seed in options.seeds.split(","):
+    for seed in () if options.summary else options.seeds.split(","):
         for network in options.networks.split(","):
             measure(network, int(seed), options.evaluations)
     summarise(options.evaluations)
