@@ -15,16 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks import results
+from benchmarks.fronts import WORTH, own_records, volume, worth_checking
 from benchmarks.networks import EXPERIMENTS, workspace
-from benchmarks.searchers import (
-    WORTH,
-    Problems,
-    key_of,
-    own_records,
-    path_of,
-    volume,
-    worth_checking,
-)
+from benchmarks.searchers import Problems, key_of, path_of
 from rlcompress.core.files import read_lines
 from rlcompress.core.schedule import Record
 from rlcompress.core.ticket import Lesson, Task, fitted_network

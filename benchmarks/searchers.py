@@ -20,7 +20,7 @@ with its name. `--wide`: from 16 to 120 times, where small networks' ties end; f
 `wide`.
 
 `ppo100_minus_best100_NETWORK`: relative difference of the checked volume, paired by seed, between
-ppo and whichever other searcher has the best mean.
+ppo and whichever other searcher has the best mean; the same for other numbers of evaluations.
 
 Every evaluation is a line of runs/searchers-NETWORK-SEED.jsonl as soon as it is measured.
 """
@@ -29,42 +29,41 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import results
+from benchmarks.fronts import (
+    SEARCHED,
+    WORTH,
+    figures_of,
+    judge,
+    own_records,
+    picture,
+    worth_checking,
+)
 from benchmarks.networks import EXPERIMENTS, bundle, held_back, identity, workspace
-from rlcompress.core.files import read_lines, save_bytes
-from rlcompress.core.pareto import archive_front, hypervolume
+from rlcompress.core.files import read_lines
 from rlcompress.core.policy import PRIOR
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import Task, fitted_network
 from rlcompress.core.train import top1
-from rlcompress.report.figures import front_figure, to_png
 from rlcompress.searchers import Settings, find, in_process
 from rlcompress.stages.policies import agent_of
 from rlcompress.stages.workspace import Workspace
 
-SEARCHED = ("uniform", "taylor", "random", "evolution", "knapsack", "local", "untrained", "ppo")
 #: Of PPO over the zoo, for `played-N`.
 EPISODES = 512
 IMAGES = 256
 CHECK_FIT_IMAGES = 1024
 #: Added to the seed that draws the images of the fresh fit.
 CHECK_SEED = 10_000
-#: Points of accuracy: the volume's reference, what is worth checking, what is a good schedule.
-REFERENCE, WORTH, GOOD = 10.0, 10.0, 1.0
-MOST_CHECKED = 12
-Target = tuple[float, float]
 SCORES = ("kl", "unexplained")
 WIDE = "search.target=[16, 120]"
 
@@ -154,28 +153,6 @@ class Problems:
         return top1(Task(small, fresh.network, schedule).prepared(), self.held_back)
 
 
-def own_records(rows: Iterable[dict[str, Any]], name: str, budget: int) -> list[Record]:
-    return [
-        Record.from_json(json.dumps(row["record"]))
-        for row in rows
-        if row["kind"] == "record" and (row["searcher"], row["budget"]) == (name, budget)
-    ]
-
-
-def worth_checking(
-    records: Sequence[Record],
-    most_bytes: float,
-    floor: float,
-    most: int = MOST_CHECKED,
-    score: str = "kl",
-) -> list[Record]:
-    """At most `most` of the front at the `floor` of accuracy, evenly over it."""
-    small = [r for r in records if r.measurement.bytes <= most_bytes]
-    front = [r for r in archive_front(small, score) if r.measurement.accuracy >= floor]
-    count = min(most, len(front))
-    return [front[round(i)] for i in np.linspace(0, len(front) - 1, count)]
-
-
 def measure(
     network: str,
     seed: int,
@@ -240,47 +217,6 @@ def measure(
         print(f"{network} seed {seed} {name}: {said}", flush=True)
 
 
-def volume(points: Sequence[tuple[float, float]], dense: float, target: Target) -> float:
-    """Of (size ratio, accuracy) pairs, 0-1."""
-    low, high = np.log(target)
-    floor = dense - REFERENCE / 100
-    costs = [(-min(np.log(ratio), high), -min(accuracy, dense)) for ratio, accuracy in points]
-    area = hypervolume(np.array(costs).reshape(-1, 2), (-low, -floor))
-    return float(area / ((high - low) * (dense - floor)))
-
-
-def judge(
-    rows: Sequence[dict[str, Any]], target: Target, score: str = "kl"
-) -> list[dict[str, Any]]:
-    """A row for each finished search of one seed."""
-    (dense,) = (row for row in rows if row["kind"] == "dense")
-    accuracy = {row["digest"]: row["accuracy"] for row in rows if row["kind"] == "checked"}
-    judged = []
-    for row in rows:
-        if row["kind"] != "done":
-            continue
-        records = own_records(rows, row["searcher"], row["budget"])
-        ratios = [dense["bytes"] / r.measurement.bytes for r in records]
-        searched = [(x, r.measurement.accuracy) for x, r in zip(ratios, records, strict=True)]
-        floor = dense["searched"] - WORTH / 100
-        worth = worth_checking(records, dense["bytes"] / target[0], floor, score=score)
-        checked = [
-            (dense["bytes"] / r.measurement.bytes, accuracy[r.schedule.digest()]) for r in worth
-        ]
-        good = [ratio for ratio, value in checked if value >= dense["checked"] - GOOD / 100]
-        judged.append(
-            {
-                "searcher": row["searcher"],
-                "budget": row["budget"],
-                "evaluations": len(records),
-                "searched": volume(searched, dense["searched"], target),
-                "checked": volume(checked, dense["checked"], target),
-                "ratio": max(good, default=None),
-            }
-        )
-    return judged
-
-
 def summarise(budget: int, sensitivity: str) -> None:
     """Prints the tables and writes the result file, of all that is measured so far."""
     figures: dict[str, Any] = {}
@@ -300,7 +236,7 @@ def summarise(budget: int, sensitivity: str) -> None:
             if any(row["kind"] == "done" for row in mine):
                 seed = int(path.stem.rpartition("-")[2])
                 if score == "kl" and path == paths[0] and not wide:
-                    _picture(network, run, seed, budget, mine)
+                    picture(network, run, seed, budget, mine)
                 about = {"network": network, "seed": seed}
                 about |= {"score": score, "target": target}
                 rows += [{**about, **row} for row in judge(mine, target, score)]
@@ -309,84 +245,12 @@ def summarise(budget: int, sensitivity: str) -> None:
         everything += rows
         end = ("" if score == "kl" else f"_{score}") + "_wide" * wide
         print(f"\nscore: {score}, {target[0]:g} to {target[1]:g} times", end="")
-        figures |= {f"{k}{end}": v for k, v in _figures(network, rows, budget).items()}
+        figures |= {f"{k}{end}": v for k, v in figures_of(network, rows).items()}
     for name, value in figures.items():
         sd = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
         print(f"{name:36}{value['value']:8.3f}{sd}  {value['unit']}  (n = {value['n']})")
     if everything:
         print(results.write("searchers", figures, everything), flush=True)
-
-
-def _picture(
-    network: str, run: Workspace, seed: int, budget: int, rows: list[dict[str, Any]]
-) -> None:
-    """`results/searchers-NETWORK.png`: one seed's fronts as checked, on the validation images held
-    back; and the smallest ticket within a point that `benchmarks.density` has of that seed."""
-    (dense,) = (row for row in rows if row["kind"] == "dense")
-    accuracy = {row["digest"]: row["accuracy"] for row in rows if row["kind"] == "checked"}
-    records = [
-        replace(record, measurement=replace(record.measurement, accuracy=checked))
-        for name in SEARCHED
-        for record in own_records(rows, name, budget)
-        if (checked := accuracy.get(record.schedule.digest())) is not None
-    ]
-    if not any(record.searcher == "uniform" for record in records):
-        return  # nothing to compare with
-    whole = replace(records[0].measurement, bytes=dense["bytes"], accuracy=dense["checked"], kl=0.0)
-    key = f"{identity(run)} {budget} "
-    made = [
-        row
-        for row in read_lines(Path("runs") / f"density-{network}.jsonl")
-        if row["key"].startswith(key) and row["seed"] == seed and row.get("ok")
-        if row["method"] in ("knapsack", "knapsack trained")
-    ]
-    tickets = []
-    for row in sorted(made, key=lambda row: row["bytes"])[:1]:
-        m = replace(whole, bytes=row["bytes"], accuracy=row["validation"], kl=math.nan)
-        ratio = whole.bytes / m.bytes
-        tickets.append({"searcher": "knapsack", "ratio": ratio, "ticket": m.to_dict()})
-    picture = to_png(front_figure(records, whole, tickets))
-    save_bytes(results.FOLDER / f"searchers-{network}.png", picture)
-
-
-def _figures(network: str, rows: list[dict[str, Any]], budget: int) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    volumes: dict[tuple[str, int], dict[int, float]] = {}
-    print(f"\n{network:12}{'evaluations':>12}{'seeds':>6}{'searched':>10}", end="")
-    print(f"{'checked':>18}{'ratio':>18}")
-    for count, name in sorted({(r["budget"], r["searcher"]) for r in rows}):
-        mine = [r for r in rows if (r["searcher"], r["budget"]) == (name, count)]
-        volumes[name, count] = {r["seed"]: r["checked"] for r in mine}
-        checked = results.figure([r["checked"] for r in mine], "share of the rectangle")
-        figures[f"{name}{count}_{network}"] = checked
-        searched = statistics.mean(r["searched"] for r in mine)
-        ratios = [r["ratio"] for r in mine if r["ratio"] is not None]
-        text = f"{name:12}{count:12}{len(mine):6}{searched:10.3f}"
-        text += f"{checked['value']:10.3f} ± {checked['sd'] or 0:.3f}"
-        if ratios:
-            ratio = results.figure(ratios, "times fewer bytes at 1 point or less")
-            figures[f"{name}{count}_ratio_{network}"] = ratio
-            text += f"{ratio['value']:10.1f} ± {ratio['sd'] or 0:.1f} (n = {len(ratios)})"
-        print(text)
-    others = {
-        name: statistics.mean(by_seed.values())
-        for (name, count), by_seed in volumes.items()
-        if count == budget and not name.startswith("ppo")
-    }
-    pairs = {f"ppo{budget}_minus_local300_{network}": ("local", 300)}
-    if others:
-        best = max(others, key=lambda name: others[name])
-        print(f"best of the others with {budget}: {best}")
-        pairs[f"ppo{budget}_minus_best{budget}_{network}"] = (best, budget)
-    ours = volumes.get(("ppo", budget), {})
-    for figure, other in pairs.items():
-        theirs = volumes.get(other, {})
-        relative = [
-            (ours[seed] - theirs[seed]) / theirs[seed] for seed in ours if theirs.get(seed, 0.0) > 0
-        ]
-        if relative:
-            figures[figure] = results.figure(relative, f"relative volume, against {other[0]}")
-    return figures
 
 
 def main() -> None:

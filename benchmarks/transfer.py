@@ -37,8 +37,9 @@ import numpy as np
 import torch
 
 from benchmarks import policies, results, retrained
+from benchmarks.fronts import judge
 from benchmarks.networks import EXPERIMENTS, workspace
-from benchmarks.searchers import judge, key_of, measure, path_of
+from benchmarks.searchers import key_of, measure, path_of
 from rlcompress.core.files import read_lines
 from rlcompress.core.learned import COLUMNS, Lessons, agreement, fit
 
