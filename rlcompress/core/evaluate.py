@@ -31,6 +31,7 @@ from rlcompress.core.fitted import network_of
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.inputs import (
     PRECISIONS,
+    class_problems,
     estimate_problems,
     image_problems,
     label_problems,
@@ -382,6 +383,7 @@ def build_evaluator(
         ]
     )
     model.eval()
+    require(class_problems(labels, model, score[:1]))
     from rlcompress.core.incremental import IncrementalEvaluator
     from rlcompress.core.whole import WholeEvaluator
 

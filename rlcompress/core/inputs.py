@@ -79,6 +79,15 @@ def label_problems(labels: torch.Tensor | None, count: int) -> list[str]:
     return []
 
 
+@torch.inference_mode()
+def class_problems(labels: torch.Tensor | None, model: nn.Module, image: torch.Tensor) -> list[str]:
+    """Labels beyond the classes that the network tells apart. `image`: one that it takes."""
+    classes = model(image).shape[1]
+    if labels is None or int(labels.max()) < classes:
+        return []
+    return [f"labels: {int(labels.max())} among them; allowed: 0 to {classes - 1}"]
+
+
 def option_problems(recovery: str, positions: int, precision: str) -> list[str]:
     """What is wrong with an evaluator's options."""
     found = []

@@ -69,7 +69,11 @@ def test_an_evaluator_s_arguments_all_at_once(trained, estimates, fit, score):
     assert lines[2].endswith('; did you mean "reconstruct"?')
     assert lines[3].startswith("precision 'float64'; allowed: auto, float32, bfloat16")
     assert lines[4] == "positions = 0: must be 1 or more"
-    for wrong, said in ((labels.float(), "torch.float32"), (labels - 100, "0 and above")):
+    for wrong, said in (
+        (labels.float(), "torch.float32"),
+        (labels - 100, "0 and above"),
+        (labels + 5, "0 to 9"),
+    ):
         (line,) = refused(build_evaluator, model, network, fit, score, wrong, estimates)
         assert said in line
     other = torch.nn.Sequential(torch.nn.Conv2d(network.input_shape[0], 4, 3), torch.nn.Flatten())
