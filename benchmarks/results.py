@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlcompress.core.files import JsonLines, read_lines, save_json
 
@@ -40,17 +40,29 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+#: Locks of this process, until it ends.
+_held: dict[Path, IO[str]] = {}
+
+
+def _claim(path: Path) -> None:
+    lock = path.with_suffix(".lock").resolve()
+    if lock in _held:
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = open(lock, "w")  # noqa: SIM115 (held until the end)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{path}: another process is writing it") from None
+    _held[lock] = file
+
+
 class Rows:
     """A file of measured rows, each on the disk before `append` returns, so that a benchmark
     that is stopped goes on behind them. One process may write it, any may read it."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 (held until the end)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"{path}: another process is writing it") from None
+        _claim(path)
         self.rows = read_lines(path)
         self._file = JsonLines(path)
 
