@@ -17,7 +17,7 @@ from matplotlib.text import Text
 
 from rlcompress.core.schedule import Measurement, Record, Schedule, performance_density
 from rlcompress.report import depth, figures
-from rlcompress.report.card import model_card
+from rlcompress.report.card import model_card, points
 from rlcompress.report.figures import TIMES
 from rlcompress.report.page import write_report
 
@@ -411,3 +411,11 @@ def test_report_loads_neither_torch_nor_ray_nor_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(1.0, "1 point"), (100 * (0.93 - 0.92), "1 point"), (0.5, "0.5 points"), (0.0, "0 points")],
+)
+def test_points_are_counted_as_they_are_shown(value, said):
+    assert points(value) == said

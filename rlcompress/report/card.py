@@ -23,7 +23,8 @@ REMEDY = (
 
 def points(value: float) -> str:
     """Of accuracy: `1 point`, `0.5 points`."""
-    return f"{value:.3g} point" + "s" * (value != 1)
+    text = f"{value:.3g}"
+    return f"{text} point" + "s" * (text != "1")
 
 
 def below_floor(ticket: Mapping[str, Any]) -> str:
