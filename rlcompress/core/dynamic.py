@@ -369,6 +369,8 @@ class DynamicCompressor:
             "decisions": self.decisions,
             "target": self.target,
             "pace": asdict(self.pace),
+            "keeps": list(self.keeps),
+            "bits": list(self.bits),
             "squeezed": self.squeezed.state_dict(),
             "begun": None if self._begun is None else list(self._begun),
             "progress": None
@@ -382,25 +384,26 @@ class DynamicCompressor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state is of another network, target or pace, and after
-        `finalize`."""
+        """On any device. Raises UserError where the state is none or is of another network, target,
+        pace or choices, and after `finalize`; then nothing has changed."""
         self._require_open("load_state_dict")
-        mine = {"target": self.target, "pace": asdict(self.pace)}
+        mine = self.state_dict()
+        if not isinstance(state, Mapping) or state.keys() != mine.keys():
+            raise UserError("state: it is no DynamicCompressor's, as `state_dict` returns it")
         found = [
-            f"the saved compressor's {name} is {state[name]}, this one's is {value}"
-            for name, value in mine.items()
-            if state[name] != value
+            f"the saved compressor's {name} is {state[name]}, this one's is {mine[name]}"
+            for name in ("target", "pace", "keeps", "bits")
+            if state[name] != mine[name]
         ]
-        if list(state["squeezed"]["bits"]) != list(self.network.layers):
+        if not self.squeezed.fits(state["squeezed"]):
             found.append("the saved compressor is of a network with other layers")
-        if found:
-            raise UserError(*found)
+        require(found)
         self.steps, self.decisions = int(state["steps"]), int(state["decisions"])
         self.squeezed.load_state_dict(state["squeezed"])
         self._begun = None if state["begun"] is None else tuple(state["begun"])
         saved = state["progress"]
         self._observer = None
         self._progress = saved and Progress(
-            *(saved[name].numpy().copy() for name in ("keep", "bits", "unexplained"))
+            *(saved[name].cpu().numpy().copy() for name in ("keep", "bits", "unexplained"))
         )
         self.signals.load_state_dict(state["signals"])

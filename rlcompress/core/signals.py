@@ -371,17 +371,24 @@ class Signals:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.average.values = {n: t.clone() for n, t in state["averages"].items()}
+        """Whatever device `state` is on."""
+        # Of weights beside the weights, of groups and scalars on the CPU: as they are made.
+        self.average.values = {
+            n: t.to(self._device if n.startswith("fisher/") else "cpu", copy=True)
+            for n, t in state["averages"].items()
+        }
         self.average.counts = dict(state["counts"])
-        self.patches, self._inputs = dict(state["patches"]), dict(state["inputs"])
-        self._gone, self._predictors = dict(state["gone"]), dict(state["predictors"])
+        self.patches, self._inputs, self._gone, self._predictors = (
+            {n: t.to(self._device) for n, t in state[kind].items()}
+            for kind in ("patches", "inputs", "gone", "predictors")
+        )
         self._tables = {
-            n: (shares.numpy(), state["output_kl"][n].numpy())
+            n: (shares.cpu().numpy(), state["output_kl"][n].cpu().numpy())
             for n, shares in state["clips"].items()
         }
         self.wanted, self.images = set(state["wanted"]), int(state["images"])
         self.listening = bool(state["listening"])
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())
 
 
 def _gradient(module: nn.Module) -> torch.Tensor | None:

@@ -187,9 +187,18 @@ class Squeezed:
             "unexplained": dict(self.unexplained),
         }
 
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether the state is of these layers and groups."""
+        return all(
+            state[kind].keys() == own.keys()
+            and all(state[kind][name].shape == tensor.shape for name, tensor in own.items())
+            for kind, own in self.state_dict().items()
+            if kind in ("kept", "clip")
+        )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.ratios, self.unexplained = dict(state["ratios"]), dict(state["unexplained"])
-        self.kept = {name: mask.numpy().copy() for name, mask in state["kept"].items()}
+        self.kept = {name: mask.cpu().numpy().copy() for name, mask in state["kept"].items()}
         for name, squeeze in self._squeezes.items():
             squeeze.bits = state["bits"][name]
             squeeze.clip_O.copy_(state["clip"][name])

@@ -181,6 +181,19 @@ def test_the_state_is_loaded_with_weights_only(digits16, tmp_path):
     assert other.compressor.schedule == loop.compressor.schedule
 
 
+@pytest.mark.parametrize("what", ["kept", "clip"])
+def test_a_state_of_another_width_changes_nothing(digits16, what):
+    first, second = Loop(digits16), Loop(digits16)
+    first.train(14)
+    state, before = first.compressor.state_dict(), second.compressor.state_dict()
+    name, table = next(iter(state["squeezed"][what].items()))
+    state["squeezed"][what][name] = table[:-1]
+    with pytest.raises(UserError, match="of a network with other layers"):
+        second.compressor.load_state_dict(state)
+    after = second.compressor.state_dict()
+    assert (after["steps"], after["squeezed"]["bits"]) == (0, before["squeezed"]["bits"])
+
+
 @pytest.mark.parametrize("episodes", [0, 1])
 def test_a_policy_that_has_learned_nothing_is_the_prior(digits16, finished, tmp_path, episodes):
     torch.manual_seed(3)
@@ -281,6 +294,9 @@ def test_mistakes_are_said_in_a_line(digits16, tmp_path):
         Loop(digits16, pace=Pace)
     with pytest.raises(UserError, match=r"target is 8.0, this one's is 6.0"):
         Loop(digits16, target=6.0).compressor.load_state_dict(state)
+    for wrong in (loop.model.state_dict(), {}, None):
+        with pytest.raises(UserError, match="state: it is no DynamicCompressor's"):
+            loop.compressor.load_state_dict(wrong)
     with pytest.raises(UserError, match="no group 'nose'"):
         loop.compressor.apply(Schedule({"nose": 0.5}, {}))
 
