@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from envs.episodes import draw_target, observation_space
-from rlcompress.core.errors import UserError
+from envs.episodes import draw_target, observation_space, require_rules, require_target
 from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.schedule import Measurement
 from rlcompress.core.training import Trainer, Training
@@ -74,9 +73,8 @@ class DynamicCompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         self.shaping, self.gamma = shaping, gamma
         compressor = self.trainer.compressor
         compressor.temperature = temperature
-        most = compressor.most_ratio()
-        if target[1] > most:
-            raise UserError(f"target = {list(target)}: at most {most:.1f} is possible")
+        self._most = compressor.most_ratio()
+        require_rules(target, self._most, gamma=gamma, temperature=temperature)
         actions = len(compressor.keeps) * len(compressor.bits)
         self.action_space = gym.spaces.Discrete(actions)
         self.observation_space = observation_space(actions)
@@ -95,6 +93,7 @@ class DynamicCompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         target = draw_target(rng, self.target_range)
         if options and "target" in options:
             target = float(options["target"])
+        require_target(np.array([target]), self._most)
         self.trainer.begin(target, int(rng.integers(2**31)))
         self._potential = 0.0
         return self._observe(), {"target": target}
@@ -104,7 +103,8 @@ class DynamicCompressionEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         if self._observed is None:
             raise gym.error.ResetNeeded("call reset before step")
-        if action < 0 or not self._observed["mask"][action] > 0:
+        mask = self._observed["mask"]
+        if not 0 <= action < len(mask) or not mask[action] > 0:
             raise ValueError(f"action {action} is illegal here (its mask is 0)")
         compressor, before = self.trainer.compressor, self._potential
         compressor.decide(int(action))

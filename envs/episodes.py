@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
+from rlcompress.core.errors import UserError
+from rlcompress.core.inputs import require
 from rlcompress.core.observation import ACTION_COLUMNS, STATE_COLUMNS, Observer
 from rlcompress.core.prefix import Prefix
 from rlcompress.core.problem import Problem
@@ -35,6 +38,31 @@ def draw_target(rng: np.random.Generator, target: tuple[float, float]) -> float:
     return float(np.exp(rng.uniform(low, high)))
 
 
+def require_rules(target: Sequence[float], most: float, **rules: float) -> None:
+    """Raises UserError, a line for each argument of an environment that is out of its range.
+    `most`: the largest size ratio that the choices allow."""
+    found = []
+    if len(target) != 2 or not 1 <= target[0] <= target[1] <= most:
+        found.append(
+            f"target = {list(target)}: two size ratios, the smaller first, "
+            f"from 1 to {most:.1f}, the most that the choices allow"
+        )
+    if not rules["temperature"] > 0:
+        found.append(f"temperature = {rules['temperature']}: must be above 0")
+    if not 0 <= rules["gamma"] <= 1:
+        found.append(f"gamma = {rules['gamma']}: from 0 to 1")
+    if not rules.get("explore", 0.0) >= 0:
+        found.append(f"explore = {rules['explore']}: 0 or more")
+    require(found)
+
+
+def require_target(target_N: np.ndarray, most: float) -> None:
+    """Raises UserError for size ratios (N,) of `reset` that no schedule has."""
+    # The range's own end, drawn through a logarithm, may lie a rounding beyond it.
+    if not np.all((target_N >= 1) & (target_N <= most * (1 + 1e-9))):
+        raise UserError(f"target = {target_N.tolist()}: size ratios are from 1 to {most:.1f} here")
+
+
 class Episodes:
     """N episodes of one problem. All have a step a layer, so they begin and end together.
 
@@ -58,7 +86,8 @@ class Episodes:
         temperature: float = 1.0,
         explore: float = 0.0,
     ) -> None:
-        problem.require_reachable(target)
+        self._most = problem.max_ratio()
+        require_rules(target, self._most, gamma=gamma, temperature=temperature, explore=explore)
         self.problem, self.target_range = problem, target
         self.observer = Observer(problem.prior, problem.evaluator.estimates, temperature)
         self.kl_weight, self.accuracy_weight = kl_weight, accuracy_weight
@@ -66,6 +95,7 @@ class Episodes:
         actions = len(self.observer.keep_A)
         self.action_space = gym.spaces.Discrete(actions)
         self.observation_space = observation_space(actions)
+        self._running = False
 
     def draw(self, rng: np.random.Generator) -> float:
         return draw_target(rng, self.target_range)
@@ -73,7 +103,8 @@ class Episodes:
     def begin(self, target_N: np.ndarray, rng: np.random.Generator) -> None:
         """New episodes, one for each target. With `explore`, most begin with a prior on shaken
         losses: its choices differ from the plain one's as a whole, where noise on each action
-        mostly undoes what it answered to."""
+        mostly undoes what it answered to. Raises UserError for targets that are out of reach."""
+        require_target(target_N, self._most)
         if self.explore:
             shaken = rng.random() >= UNSHAKEN
             plain = self.problem.prior
@@ -84,6 +115,7 @@ class Episodes:
         self._which_N = np.zeros(count, dtype=np.int64)
         self.progress = self.observer.start(count)
         self._potential_N = np.zeros(count)
+        self._running = True
         self._observe()
 
     def _observe(self) -> None:
@@ -95,10 +127,12 @@ class Episodes:
         episode's schedule, measurement and target. The end has no next layer: the last
         observation stays, as its value is never used.
 
-        Raises ValueError if an action is illegal.
+        Raises ValueError if an action is illegal, ResetNeeded before `begin` and behind the end.
         """
+        if not self._running:
+            raise gym.error.ResetNeeded("call reset before step, and again behind the end")
         for action, legal_A in zip(actions_N, self._legal_NA, strict=True):
-            if action < 0 or not legal_A[action]:
+            if not 0 <= action < len(legal_A) or not legal_A[action]:
                 raise ValueError(f"action {action} is illegal here (its mask is 0)")
         self._advance(actions_N)
         unexplained_NT = np.array([p.unexplained for p in self._prefixes])[self._which_N]
@@ -108,7 +142,7 @@ class Episodes:
             self._potential_N = -self.shaping * unexplained_NT.sum(1) / layers
             self._observe()
             return self.gamma * self._potential_N - before_N, []
-        evaluator = self.problem.evaluator
+        self._running, evaluator = False, self.problem.evaluator
         measured = [evaluator.finish(prefix) for prefix in self._prefixes]
         schedules = self.observer.schedules(self.progress)
         infos = [

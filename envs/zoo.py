@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from envs.episodes import Episodes, draw_target, observation_space
+from rlcompress.core.errors import UserError, did_you_mean
 from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.problem import Member, Problem
 
@@ -64,7 +65,11 @@ class ZooEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         rng = self._own_rng if self._own_rng is not None else self.np_random
         names, options = list(self.members), options or {}
         drawn = names[int(rng.integers(len(names)))]
-        self.member = self.members[options.get("network", drawn)]
+        name = options.get("network", drawn)
+        if name not in self.members:
+            near = did_you_mean(name, names)
+            raise UserError(f"network = {name!r}: allowed: {', '.join(names)}{near}")
+        self.member = self.members[name]
         target = float(options.get("target", draw_target(rng, self.member.target)))
         self.episodes = Episodes(
             self.problems[self.member.name](), self.member.target, **self.rules

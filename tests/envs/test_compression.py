@@ -100,9 +100,40 @@ def test_networks_with_protected_and_untraceable_parts_can_be_played(factory):
     assert info["measurement"]["bytes"] <= problem.dense.bytes / target
 
 
-def test_a_target_out_of_reach_is_the_users_mistake(problem):
-    with pytest.raises(UserError, match=r"search\.target = \[4\.0, 4000\.0\]: at most"):
-        gym.make(ID, problem=problem, target=(4.0, 4000.0))
+@pytest.mark.parametrize(
+    ("rules", "said"),
+    [
+        ({"target": (4.0, 4000.0)}, r"target = \[4.0, 4000.0\]: .* from 1 to 1\d\.\d"),
+        ({"target": (8.0, 4.0)}, "the smaller first"),
+        ({"target": (0.5, 4.0)}, "from 1 to"),
+        ({"target": (float("nan"), 4.0)}, "from 1 to"),
+        ({"target": (4.0,)}, "two size ratios"),
+        ({"temperature": 0.0}, "temperature = 0.0: must be above 0"),
+        ({"gamma": 1.5, "explore": -1.0}, "gamma = 1.5: from 0 to 1\nexplore = -1.0: 0 or more"),
+    ],
+)
+def test_rules_out_of_range_are_told(problem, rules, said):
+    with pytest.raises(UserError, match=said):
+        gym.make(ID, problem=problem, **{"target": (4.0, 8.0), **rules})
+
+
+@pytest.mark.parametrize("target", [1000.0, 0.5, -1.0, float("nan")])
+def test_a_target_that_no_schedule_has_is_refused(problem, target):
+    env = gym.make(ID, problem=problem, target=(4.0, 8.0))
+    with pytest.raises(UserError, match=r"size ratios are from 1 to 1\d\.\d here"):
+        env.reset(options={"target": target})
+
+
+def test_a_step_outside_an_episode_is_refused(problem):
+    env = gym.make(ID, problem=problem, target=(4.0, 8.0)).unwrapped
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(np.int64(0))
+    play(env, 5.0, np.random.default_rng(0))
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(np.int64(0))
+    env.reset()
+    with pytest.raises(ValueError, match="action 9 is illegal"):
+        env.step(np.int64(9))
 
 
 def test_the_observation_has_its_documented_columns(problem):

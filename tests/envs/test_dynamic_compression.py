@@ -107,8 +107,12 @@ def test_an_illegal_action_is_refused(env):
         illegal = np.flatnonzero(observation["mask"] == 0)
     with pytest.raises(ValueError, match="is illegal here"):
         env.step(illegal[0])
-    with pytest.raises(UserError, match="at most"):
+    with pytest.raises(ValueError, match="is illegal here"):
+        env.unwrapped.step(np.int64(len(observation["mask"])))
+    with pytest.raises(UserError, match=r"target = \[4.0, 999.0\]: .* from 1 to"):
         gym.make(ID, training=env.unwrapped.trainer, target=(4.0, 999.0))
+    with pytest.raises(UserError, match=r"target = \[999.0\]: size ratios are from 1 to"):
+        env.reset(options={"target": 999.0})
 
 
 def test_data_may_change_midway(training):

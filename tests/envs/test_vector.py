@@ -188,5 +188,5 @@ def test_misuse_is_refused(problem):
     for action in (illegal, -1):
         with pytest.raises(ValueError, match="illegal"):
             env.step(np.array([legal, action]))
-    with pytest.raises(UserError, match=r"search\.target"):
+    with pytest.raises(UserError, match=r"target = \[4.0, 4000.0\]: two size ratios"):
         make(problem, 2, target=(4.0, 4000.0))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.problem import Member, Problem
 from rlcompress.core.schedule import Schedule
 from tests.toy import BITS, KEEPS, toy_bundle
@@ -70,3 +71,8 @@ def test_an_episode_is_the_networks_own(env, problems, network):
     expected = {"small": 0.0, "other": 2.0 - np.log(5 / 4) / np.log(9 / 4)}[network]
     quality = env.unwrapped.episodes.quality(measured)
     assert total == pytest.approx(quality - expected, rel=1e-4)
+
+
+def test_a_network_that_is_not_in_the_zoo_is_told(env):
+    with pytest.raises(UserError, match=r"network = 'smal': allowed: small, other; did you mean"):
+        env.reset(options={"network": "smal"})
