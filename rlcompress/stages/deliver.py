@@ -21,7 +21,8 @@ from rlcompress.stages.workspace import Workspace
 if TYPE_CHECKING:
     from rlcompress.tracking import Tracker
 
-#: Largest difference of accuracy (a share) between a ticket and its model.onnx.
+#: Largest difference of accuracy (a share) between a ticket and its model.onnx; on few test images
+#: one of them may turn over a rounding.
 SAME_ACCURACY = 0.002
 #: Of timing one batch size of one ticket.
 LATENCY_SECONDS = 3.0
@@ -55,7 +56,8 @@ def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
         test = run.data.test
         logits = onnx_logits(file.path, test.images())
         accuracy = float((logits.argmax(1) == test.labels_N).float().mean())
-        if activations == "float" and abs(accuracy - ticket["ticket"]["accuracy"]) > SAME_ACCURACY:
+        apart, allowed = abs(accuracy - ticket["ticket"]["accuracy"]), 1.5 / len(logits)
+        if activations == "float" and apart > max(SAME_ACCURACY, allowed):
             file.path.unlink()
             raise UserError(
                 f"{file.path}: accuracy {accuracy:.2%} in onnxruntime, the ticket's is "
