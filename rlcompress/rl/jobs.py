@@ -165,7 +165,8 @@ class Cluster:
             time.sleep(1.0)
 
     def fetch(self, job: str, folder: Path) -> int:
-        """Writes the files of the job's run folder to `folder`; how many. 0 if it made none."""
+        """Writes the files of the job's run folder to `folder`, each whole or not at all; how many.
+        0 if it made none."""
         with self._clear():
             node = self._info(job).driver_node_id
             if node is None:
@@ -180,12 +181,14 @@ class Cluster:
             for name in files:
                 path = folder / Path(name).relative_to(_LINKS, job)
                 path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(path.name + ".part")
                 with (
                     self._logs("/file", node_id=node, filename=name, lines=-1) as answer,
-                    path.open("wb") as out,
+                    part.open("wb") as out,
                 ):
                     for chunk in answer.iter_content(2**20):
                         out.write(chunk)
+                os.replace(part, path)
         return len(files)
 
     def _info(self, job: str) -> Any:

@@ -65,7 +65,7 @@ def target_of(run: Workspace) -> tuple[float, float]:
     """Of the zoo's size ratios those that this network can reach."""
     low, high = run.experiment.zoo.target
     high = min(high, REACH * run.problem.max_ratio())
-    return min(low, high / 2), high
+    return max(1.0, min(low, high / 2)), high
 
 
 def sample(run: Workspace) -> list[Record]:
