@@ -13,10 +13,13 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch.nn import functional as F
 
@@ -195,30 +198,66 @@ BUILT_IN: Mapping[str, Callable[..., Data]] = {
 
 
 def _tensors(dataset: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images and labels of a split; no labels where the items are images alone."""
-    try:
-        items = [dataset[i] for i in range(len(dataset))]
-    except Exception as error:  # the user's own code raises what it likes
-        raise UserError(f"data: the {name} split cannot be read: {blame(error)}") from error
-    if not items:
+    """Images and labels of a split; no labels where the items are images alone. One item at a time:
+    a list of them all would take the memory twice."""
+    count = _of(name, partial(len, dataset))
+    if not count:
         raise UserError(f"data: the {name} split is empty")
-    alone = all(isinstance(item, torch.Tensor) for item in items)
-    pairs = [(item, None) for item in items] if alone else items
-    for item in pairs:
-        if not (
-            isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], torch.Tensor)
-        ):
+    images, labels = torch.empty(0), list[int]()
+    for number in range(count):
+        image, label = _pair(_of(name, partial(getitem, dataset, number)), name)
+        if number == 0:
+            images = _room(count, image, name)
+        if image.shape != images.shape[1:]:
+            shapes = sorted({tuple(images.shape[1:]), tuple(image.shape)})
+            raise UserError(f"data: the {name} split has images of varying shape: {shapes}")
+        if image.dtype != images.dtype:
             raise UserError(
-                f"data: the {name} split has a {type(item).__name__}; allowed: pairs of an image "
-                "tensor (C, H, W) and a label, or image tensors alone"
+                f"data: the {name} split has images of {images.dtype} and of {image.dtype}; "
+                "allowed: one of them"
             )
-    shapes = {tuple(image.shape) for image, _ in pairs}
-    if len(shapes) > 1:
-        raise UserError(f"data: the {name} split has images of varying shape: {sorted(shapes)[:3]}")
-    images = torch.stack([image for image, _ in pairs])
-    if all(label is None for _, label in pairs):
-        return images, None
-    return images, torch.tensor([_label(label, name) for _, label in pairs])
+        images[number] = image
+        if label is not None:
+            labels.append(_label(label, name))
+        if len(labels) not in (0, number + 1):
+            raise UserError(
+                f"data: the {name} split has {len(labels)} labels for its first {number + 1} "
+                "images; allowed: labels for all or for none"
+            )
+    return images, torch.tensor(labels) if labels else None
+
+
+def _of(name: str, read: Callable[[], Any]) -> Any:
+    """What the user's own code says of a split; it raises what it likes."""
+    try:
+        return read()
+    except Exception as error:
+        raise UserError(f"data: the {name} split cannot be read: {blame(error)}") from error
+
+
+def _pair(item: Any, name: str) -> tuple[torch.Tensor, Any]:
+    """Image and label of an item; None for the label of an image alone."""
+    if isinstance(item, torch.Tensor):
+        return item, None
+    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], torch.Tensor):
+        return item[0], item[1]
+    raise UserError(
+        f"data: the {name} split has a {type(item).__name__}; allowed: pairs of an image "
+        "tensor (C, H, W) and a label, or image tensors alone"
+    )
+
+
+def _room(count: int, image: torch.Tensor, name: str) -> torch.Tensor:
+    """Memory for `count` images like this one. Raises UserError where the machine has not as much:
+    the system kills what takes it all the same."""
+    needed, free = count * image.nbytes, psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"data: the {name} split takes {needed / 2**30:.1f} GiB ({count:,} images of "
+            f"{tuple(image.shape)}, {image.dtype}), this machine has {free / 2**30:.1f} GiB free; "
+            "give a part of it, or uint8 images"
+        )
+    return torch.empty(count, *image.shape, dtype=image.dtype)
 
 
 def _label(label: Any, name: str) -> int:

@@ -125,6 +125,18 @@ def parts(sizes=(6, 3, 3), shape=(3, 8, 8)):
     return [[(torch.full(shape, float(i)), i % 3) for i in range(n)] for n in sizes]
 def varying():
     return [[(torch.zeros(1, 8 + i, 8), 0) for i in range(3)]] * 3
+def mixed():
+    return [[(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 8, 8).byte(), 1)]] * 3
+def half():
+    return [[(torch.zeros(1, 8, 8), 0), torch.zeros(1, 8, 8)]] * 3
+class Huge:
+    def __len__(self):
+        return 10**8
+    def __getitem__(self, i):
+        assert i == 0, "reads on, though there is no room"
+        return torch.zeros(3, 224, 224), 0
+def huge():
+    return [Huge()] * 3
 """
 
 
@@ -140,3 +152,11 @@ def test_a_users_factory_of_three_data_sets(tmp_path, monkeypatch):
         build_data("users_own_data:varying", {})
     with pytest.raises(UserError, match="empty"):
         build_data("users_own_data:parts", {"sizes": [0, 1, 1]})
+    with pytest.raises(UserError, match=r"images of torch.float32 and of torch.uint8"):
+        build_data("users_own_data:mixed", {})
+    with pytest.raises(UserError, match="1 labels for its first 2 images"):
+        build_data("users_own_data:half", {})
+    with pytest.raises(
+        UserError, match=r"takes 56076.0 GiB \(100,000,000 images of \(3, 224, 224\)"
+    ):
+        build_data("users_own_data:huge", {})
