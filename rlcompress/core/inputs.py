@@ -98,9 +98,12 @@ def option_problems(recovery: str, positions: int, precision: str) -> list[str]:
     if precision not in PRECISIONS:
         near = did_you_mean(precision, PRECISIONS)
         found.append(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}{near}")
-    if positions < 1:
-        found.append(f"positions = {positions}: must be 1 or more")
-    return found
+    return found + count_problems(positions=positions)
+
+
+def count_problems(**counts: int) -> list[str]:
+    """Numbers below 1, where there must be one at least."""
+    return [f"{name} = {count}: must be 1 or more" for name, count in counts.items() if count < 1]
 
 
 def estimate_problems(estimates: Estimates, network: Network) -> list[str]:

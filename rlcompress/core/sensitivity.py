@@ -37,7 +37,13 @@ from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.errors import UserError
 from rlcompress.core.fisher import backward, readers_of, temperature_of
 from rlcompress.core.graph import Link, Network
-from rlcompress.core.inputs import borrowed, choice_problems, image_problems, require
+from rlcompress.core.inputs import (
+    borrowed,
+    choice_problems,
+    count_problems,
+    image_problems,
+    require,
+)
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
 from rlcompress.core.reading import all_gradients
@@ -251,9 +257,16 @@ def estimate(
     eq. 8) of the loss against the network's own answers; bits: diagonal Fisher information (Theis
     et al., 2018); channels: the same to second order, where they are read (`_cut_costs`).
 
-    Raises UserError, a line for each thing that is wrong with `keeps`, `bits` and `images`.
+    Raises UserError, a line for each thing that is wrong with what it is given.
     """
-    require(choice_problems(keeps, bits) + image_problems("images", images, model, network))
+    counts = {"told": 1 if told is None else told, "batch": batch, "positions": positions}
+    require(
+        [
+            *choice_problems(keeps, bits),
+            *image_problems("images", images, model, network),
+            *count_problems(**counts),
+        ]
+    )
     with borrowed(model):
         return _estimate(
             model, network, images, tuple(keeps), tuple(bits), clip, seed, batch, told, positions

@@ -51,6 +51,10 @@ def test_choices_all_at_once(trained, fit):
         "bits = 1: whole numbers from 2 to 8",
     ]
     assert "at least one" in refused(estimate, trained.model, trained.network, fit, bits=())[0]
+    counts = {"told": 0, "batch": 0, "positions": -1}
+    assert refused(estimate, trained.model, trained.network, fit, **counts) == [
+        f"{name} = {count}: must be 1 or more" for name, count in counts.items()
+    ]
 
 
 def test_an_evaluator_s_arguments_all_at_once(trained, estimates, fit, score):
