@@ -42,7 +42,7 @@ from rlcompress.core.layout import ArtifactError, LayerRecord, NormRecord, Table
 from rlcompress.core.models import BUILT_IN, build_model
 from rlcompress.core.prune import resize
 from rlcompress.core.quant import encode, float_weight, learned_scales
-from rlcompress.core.reading import NORMS, rest_of
+from rlcompress.core.reading import NORMS, leave_out, rest_of
 from rlcompress.core.schedule import FULL_PRECISION, MAX_BITS, MIN_BITS
 
 #: Of a network whose constructor must run for real.
@@ -287,7 +287,7 @@ def _shaped(model: nn.Module, table: Table) -> _Shaped:
                 setattr(norm, name, nn.Parameter(short) if name in norm._parameters else short)
     for index in table.unused:
         pick(index)
-        model.set_submodule(named[index][0], nn.Identity())
+        leave_out(model, named[index][0])
     return _Shaped(model, [name for name, _ in named])
 
 
@@ -339,7 +339,7 @@ def _fill(shaped: _Shaped, table: Table, data: bytes, begin: int) -> Artifact:
             _put(module, "bias", torch.from_numpy(bias))
     for layer in table.layers:
         if layer.norm >= 0:
-            model.set_submodule(names[layer.norm], nn.Identity())
+            leave_out(model, names[layer.norm])
     for record in table.norms:
         norm = modules[names[record.module]]
         for name in _float_names(norm):

@@ -114,7 +114,7 @@ class Evaluator(ABC):
         self.costs = CostModel(network)
         self.layers = list(network.layers.values())
         self.fit_count, self._count = len(fit), len(fit) + len(score)
-        self._labels = labels
+        self._labels = None if labels is None else labels.long()
         self._model, self._seed = model, seed
         self._dense = dict(model.named_modules())
         self._weights = {n: w for n, w in layer_weights(model).items() if n in network.layers}
@@ -279,7 +279,10 @@ class Evaluator(ABC):
             fit = self._fits.get(before) if before is not None else None
             if fit is None:
                 ridges = self._ridges.get(layer.name, RIDGES)
-                fit = refit(patches(call, at, conv_groups).float(), target_PO, weight, ridges)
+                patches_PGD = patches(call, at, conv_groups).float()
+                # Where nothing behind the layer takes up the mean, the weights have to.
+                shifted = bool(layer.has_bias or layer.batch_norm or self.network.norms)
+                fit = refit(patches_PGD, target_PO, weight, ridges, centred=shifted)
                 if self._choosing is not None:
                     self._choosing[layer.name] = (float(fit.ridge_G.median()) or RIDGES[0],)
                 if before is not None:

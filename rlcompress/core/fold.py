@@ -62,6 +62,11 @@ def snap(
             continue
         module = modules[name]
         norm = modules[layer.batch_norm] if layer.batch_norm else None
+        if norm is not None and norm.weight is None:
+            # What takes up the rounding; a file holds it folded.
+            norm.affine = True  # type: ignore[assignment]
+            norm.weight = nn.Parameter(torch.ones_like(norm.running_mean))  # type: ignore[arg-type]
+            norm.bias = nn.Parameter(torch.zeros_like(norm.running_mean))  # type: ignore[arg-type]
         factor, bias = fold(module, norm)
         scale = scales[name].double().cpu()
         folded = scale * torch.from_numpy(factor).abs()

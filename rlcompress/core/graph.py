@@ -96,12 +96,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation that no layer can absorb: its vectors are stored beside the weights."""
+    """A normalisation that no layer can absorb: its vectors are stored beside the weights. One that
+    is used more than once keeps its statistics: no two places have the same."""
 
     name: str
     vectors: int
     channels: int
     links: tuple[Link, ...]
+    uses: int = 1
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rlcompress.core.graph import Layer, Network, kept_mask
 from rlcompress.core.prefix import Prefix, Step, touched
 from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
-from rlcompress.core.trace import trace
+from rlcompress.core.trace import TraceError, trace
 
 Values = dict[fx.Node, Any]
 _SUMS = (operator.add, operator.iadd, torch.add)
@@ -39,6 +39,28 @@ class _Segment:
 
     nodes: tuple[fx.Node, ...]
     needed: frozenset[fx.Node]
+
+
+def _estimated(module: nn.Module) -> bool:
+    """Whether it is a batch norm with statistics of its own."""
+    return isinstance(module, NORMS) and module.running_mean is not None
+
+
+def _norms_behind_their_layers(traced: fx.GraphModule, network: Network) -> None:
+    """Puts each batch norm that a layer absorbs right behind that layer, whatever the code does
+    first: its statistics are the layer's step's. Raises TraceError where another layer remains
+    between them."""
+    called = {str(node.target): node for node in traced.graph.nodes if node.op == "call_module"}
+    absorbed = {x.batch_norm: x.name for x in network.layers.values() if x.batch_norm}
+    for name, layer in absorbed.items():
+        if name in called and called[name].args[:1] == (called[layer],):
+            called[layer].append(called[name])
+    step = ""
+    for name in (str(node.target) for node in traced.graph.nodes if node.op == "call_module"):
+        step = name if name in network.layers else step
+        if absorbed.get(name, step) != step:
+            raise TraceError(f"{step} is called between {absorbed[name]} and {name}")
+    traced.recompile()
 
 
 class IncrementalEvaluator(Evaluator):
@@ -58,14 +80,13 @@ class IncrementalEvaluator(Evaluator):
         **options: Any,
     ) -> None:
         self._fx = trace(model, fit[:1], network.layers)
+        _norms_behind_their_layers(self._fx, network)
         super().__init__(model, network, fit, *data, **options)
         self.cache: ByteCache[Prefix] = ByteCache(cache_bytes - cache_bytes // 4, LARGEST_SHARE)
         self._modules = dict(self._fx.named_modules())
         self._norms = {norm.name: norm for norm in network.norms}
         self._segments = self._split()
         batch = self._batch
-        if not self.steps:
-            del self._batch
         self._sums = self._find_sums()
         self._beside: dict[str, torch.Tensor] = {}
         with torch.inference_mode():
@@ -165,7 +186,7 @@ class IncrementalEvaluator(Evaluator):
                 kwargs = fx.node.map_arg(node.kwargs, value)
                 if node.op == "call_module":
                     module = self._modules[target]
-                    if norm is not None and isinstance(module, NORMS):
+                    if norm is not None and _estimated(module):
                         values[node] = norm(target, args[0])
                     else:
                         values[node] = module(*args, **kwargs)
@@ -296,14 +317,13 @@ class IncrementalEvaluator(Evaluator):
         def norm(name: str, y: torch.Tensor) -> torch.Tensor:
             module = self._modules[name]
             assert isinstance(module, NORMS)
-            if name in self._norms:
-                links, channels = self._norms[name].links, self._norms[name].channels
-                index = np.flatnonzero(kept_mask(links, channels, kept))
-            else:
-                index = np.flatnonzero(out_mask)
-            at = torch.from_numpy(index)
-            mean, variance = self._statistics(module, y, at, untouched)
-            statistics[name] = (mean, variance)
+            free = self._norms.get(name)
+            mask = kept_mask(free.links, free.channels, kept) if free else out_mask
+            at = torch.from_numpy(np.flatnonzero(mask))
+            shared = free is not None and free.uses > 1
+            mean, variance = self._statistics(module, y, at, untouched or shared)
+            if not shared:
+                statistics[name] = (mean, variance)
             gamma = module.weight[at] if module.affine else None
             beta = module.bias[at] if module.affine else None
             return F.batch_norm(y, mean, variance, gamma, beta, False, 0.0, module.eps)

@@ -69,7 +69,7 @@ def columns_of(
     )
     output_LB = np.array([estimates.output_kl[layer.name] for layer in layers])
     positive = np.concatenate([refit_GK[refit_GK > 0], quantize_LB[quantize_LB > 0]])
-    scale = np.exp(np.log(np.maximum(positive, _FLOOR)).mean())
+    scale = np.exp(np.log(np.maximum(positive, _FLOOR)).mean()) if len(positive) else _FLOOR
 
     def level(table: np.ndarray) -> np.ndarray:
         return np.log10(np.maximum(table, _FLOOR) / scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,11 +43,19 @@ class Prefix:
     norms: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        tensors = [t for t in self.live.values() if isinstance(t, torch.Tensor)]
-        if self.fitted:
-            tensors.append(next(reversed(self.fitted.values())).weight)  # the others are shared
+        """Of all that it keeps alive; what other prefixes share counts in each of them."""
+        tensors = [*_tensors(list(self.live.values())), *(f.weight for f in self.fitted.values())]
         storages = {t.untyped_storage().data_ptr(): t for t in tensors}
         return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those in a value that may be lists and tuples of them (`torch.split` gives one)."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 @dataclass(frozen=True)

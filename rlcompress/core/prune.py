@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from rlcompress.core.graph import Layer, Link, Network, kept_mask
-from rlcompress.core.reading import NORMS
+from rlcompress.core.reading import NORMS, leave_out
 
 
 def most_important(importance_C: np.ndarray, count: int) -> np.ndarray:
@@ -63,7 +63,7 @@ def cut(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> n
     that `kept` does not name stays whole."""
     small = copy.deepcopy(model)
     for name in network.unused:
-        small.set_submodule(name, nn.Identity())
+        leave_out(small, name)
     modules = dict(small.named_modules())
     for layer in network.layers.values():
         module = modules[layer.name]

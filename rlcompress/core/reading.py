@@ -7,7 +7,6 @@ the path that the example takes.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, contextmanager
@@ -27,14 +26,23 @@ def rest_of(
     model: nn.Module, layers: Collection[str], norms: Collection[str]
 ) -> dict[str, torch.Tensor]:
     """Name in the state dict -> every float tensor that is neither weight nor bias of one of
-    `layers` nor in one of `norms`, in the state dict's order."""
-    rest = {}
+    `layers` nor in one of `norms`, in the state dict's order; of a module with several names under
+    the first of them alone."""
+    known, rest = {name for name, _ in model.named_modules()}, {}
     for name, tensor in model.state_dict().items():
         module, _, leaf = name.rpartition(".")
         mine = module in norms or (module in layers and leaf in ("weight", "bias"))
-        if tensor.is_floating_point() and not mine:
+        if tensor.is_floating_point() and not mine and module in known:
             rest[name] = tensor
     return rest
+
+
+def leave_out(model: nn.Module, name: str) -> None:
+    """Puts `nn.Identity` in a module's place, in place, under all the names that it has."""
+    module = model.get_submodule(name)
+    every = [n for n, m in model.named_modules(remove_duplicate=False) if m is module]
+    for alias in every:
+        model.set_submodule(alias, nn.Identity())
 
 
 @dataclass(frozen=True)
@@ -42,18 +50,20 @@ class Reading:
     """
     order      layers in the order in which they are first used
     uses       layer -> how often
-    positions  layer -> output positions of one image (of its last use)
+    positions  layer -> output positions of one image, of all its uses
     last       layers whose outputs reach the network's output through no other layer
     absorbed   layer -> the batch norm that alone reads it
+    norm_uses  batch norm with running statistics -> how often it is used
     reached    ids of the parameters that the output depends on
     output     what the network returned
     """
 
     order: tuple[str, ...]
     uses: Counter[str]
-    positions: dict[str, int]
+    positions: Counter[str]
     last: frozenset[str]
     absorbed: dict[str, str]
+    norm_uses: Counter[str]
     reached: frozenset[int]
     output: Any
 
@@ -84,7 +94,8 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
     """Runs `model`, in eval mode, once on `inputs`. Raises UserError if it cannot be run."""
     order: list[str] = []
     uses: Counter[str] = Counter()
-    positions: dict[str, int] = {}
+    positions: Counter[str] = Counter()
+    images = len(inputs[0])
     layer_of: dict[Any, str] = {}  # autograd node of a layer's output -> the layer
     norm_of: dict[Any, list[str]] = {}  # autograd node of a norm's input -> norms
     norm_uses: Counter[str] = Counter()
@@ -94,8 +105,9 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
         if call.name not in uses:
             order.append(call.name)
         uses[call.name] += 1
-        shape = y.shape[1:-1] if call.window is None else y.shape[2:]
-        positions[call.name] = math.prod(shape)
+        channels = y.shape[-1] if call.window is None else y.shape[1]
+        # Attention folds windows of an image into the first dimension.
+        positions[call.name] += y.numel() // channels // images
         layer_of[y.grad_fn] = call.name
         return y
 
@@ -141,6 +153,7 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
         positions,
         frozenset(last),
         absorbed,
+        norm_uses,
         frozenset(reached),
         output,
     )

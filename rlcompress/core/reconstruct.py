@@ -204,8 +204,11 @@ def refit(
     targets_PO: torch.Tensor,
     weight: torch.Tensor,
     ridges: Sequence[float] = RIDGES,
+    *,
+    centred: bool = True,
 ) -> Fit:
-    """Refits `weight` with the best of `ridges`. Means are left to the bias or batch norm.
+    """Refits `weight` with the best of `ridges`. If `centred`, means are left to the bias or batch
+    norm.
 
     A singular system (dead inputs, fewer positions than inputs) is made definite by the ridge;
     one that is still not, or not finite, leaves the weight as it was, as does one that does not
@@ -213,9 +216,9 @@ def refit(
     found through X X', which is the smaller system.
     """
     count, groups, fan = patches_PGD.shape
-    mean_GD = patches_PGD.mean(0)
+    mean_GD = patches_PGD.mean(0) * centred
     x_GPD = (patches_PGD - mean_GD).permute(1, 0, 2)
-    y_PO = targets_PO - targets_PO.mean(0)
+    y_PO = targets_PO - targets_PO.mean(0) * centred
     w_GDo = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
     left_GPo = y_PO.reshape(count, groups, -1).permute(1, 0, 2) - x_GPD @ w_GDo
     known = count - count // HELD_OUT

@@ -67,6 +67,9 @@ class Schedule:
                     f"bits[{layer!r}] = {bits!r}: weight bits are {MIN_BITS}-{MAX_BITS}, "
                     f"or {FULL_PRECISION} for floats"
                 )
+        # Equal schedules, equal text: 1 and 1.0, and NumPy's numbers.
+        object.__setattr__(self, "keep", {g: float(ratio) for g, ratio in self.keep.items()})
+        object.__setattr__(self, "bits", {name: int(bits) for name, bits in self.bits.items()})
 
     def __hash__(self) -> int:
         return hash(self.to_json())

@@ -76,8 +76,9 @@ class Signals:
 
     keeps, bits  the choices that are estimated;  clip  the rule of `quant.choose_clip`
 
-    In training mode, hooks take a sample of a layer's input where `wanted` names it, in the next
-    forward pass, and while `listening` the backward pass of the readers. `read` ends a minibatch.
+    While the model is in training mode (single modules need not be), hooks take a sample of a
+    layer's input where `wanted` names it, in the next forward pass, and while `listening` the
+    backward pass of the readers. `read` ends a minibatch.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class Signals:
         self.network, self.keeps, self.bits = network, tuple(keeps), tuple(bits)
         self.average = Average()
         self.images = 0
+        #: Whether the forward pass at hand, or the last one, is one of training.
+        self._live = False
         #: Whether minibatches are looked at.
         self.listening = False
         self._moments: dict[str, torch.Tensor] = {}
@@ -113,7 +116,7 @@ class Signals:
             module.register_forward_hook(self._listen(network.layers[name]))
             for name, module in self._modules.items()
         ]
-        self._hooks.append(model.register_forward_pre_hook(self._count))
+        self._hooks.append(model.register_forward_pre_hook(self._count, with_kwargs=True))
         self._hooks += [
             self._modules[name].register_forward_pre_hook(self._watch(network.layers[name]))
             for name in sorted({n for pairs in self._readers.values() for n, _ in pairs})
@@ -127,14 +130,16 @@ class Signals:
 
     # --- listening ---------------------------------------------------------------------------
 
-    def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module.training and args:
-            self.images = len(args[0])
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._live = module.training and torch.is_grad_enabled()
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        if self._live and tensors:
+            self.images = len(tensors[0])
 
     def _listen(self, layer: Layer) -> Any:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> None:
-            if layer.name not in self.wanted or not module.training:
+            if layer.name not in self.wanted or not self._live:
                 return
             self.wanted.discard(layer.name)
             call = as_call(layer.name, module, args[0].detach().float())
@@ -158,7 +163,7 @@ class Signals:
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
             x = args[0]
-            if not (self.listening and module.training and torch.is_grad_enabled()):
+            if not (self.listening and self._live):
                 return None
             if not x.requires_grad:  # the network's own input
                 return None
@@ -192,7 +197,12 @@ class Signals:
                 self._moments[link.group] = moment_NCC if known is None else known + moment_NCC
 
     def require_gradients(self) -> None:
-        """Raises UserError where no weight has a gradient."""
+        """Raises UserError where no weight has a gradient, or none came of the model's training."""
+        if not self.images:
+            raise UserError(
+                "step: the model was not called in training mode: call model.train(), and freeze "
+                "single norms with norm.eval()"
+            )
         if all(_gradient(module) is None for module in self._modules.values()):
             raise UserError("no weight has a gradient: call step before the gradients are zeroed")
 

@@ -23,7 +23,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
 from rlcompress.core.inputs import borrowed
 from rlcompress.core.prune import cut, masked
-from rlcompress.core.reading import NORMS, Reading, all_gradients, read, rest_of
+from rlcompress.core.reading import NORMS, Reading, all_gradients, leave_out, read, rest_of
 
 #: Largest difference between a masked and a cut network, relative to the largest output.
 TOLERANCE = 1e-4
@@ -38,10 +38,12 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     The model is left as it was. Coupled channels: torch-pruning's dependency graph (DepGraph,
     Fang et al., 2023).
 
-    Raises UserError if it cannot be run, does not return one tensor, or has no layer.
+    Raises UserError if it cannot be run, does not return one tensor, has no layer, is not in
+    float32, or computes layers that its output does depend on without gradients.
     """
     weights = layer_weights(model)
     _refuse_shared(weights)
+    _refuse_other_types(weights)
     with borrowed(model):
         return _read_and_checked(model, example, round_to)
 
@@ -55,6 +57,7 @@ def _read_and_checked(model: nn.Module, example: torch.Tensor, round_to: int) ->
         )
     if not reading.order:
         raise UserError(f"{type(model).__name__} has no Conv2d or Linear layer to compress")
+    reading = _without_dead_layers(model, example, reading)
     with all_gradients(model):
         coupling = couple(model, example, reading.order, reading.last)
     network = _assemble(model, example, reading, coupling, round_to)
@@ -79,6 +82,40 @@ def _refuse_shared(weights: dict[str, torch.Tensor]) -> None:
     for name, weight in weights.items():
         if (other := names.setdefault(id(weight), name)) != name:
             raise UserError(f"layers {other!r} and {name!r} share one weight: not supported")
+
+
+def _refuse_other_types(weights: dict[str, torch.Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.dtype != torch.float32:
+            raise UserError(
+                f"layer {name!r} has weights of {weight.dtype}; "
+                "allowed: torch.float32, as model.float() makes them"
+            )
+
+
+def _without_dead_layers(model: nn.Module, example: torch.Tensor, reading: Reading) -> Reading:
+    """Without the layers that are computed for nothing (an auxiliary head whose output only
+    training returns)."""
+    unused = _unused(model, reading)
+    dead = [name for name in reading.order if _inside(name, unused)]
+    if not dead:
+        return reading
+    probe = _probe(model)
+    x = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+    with torch.no_grad():
+        wanted = probe(x)
+        for name in unused:
+            leave_out(probe, name)
+        try:
+            same = torch.equal(probe(x), wanted)
+        except Exception:  # whatever the network makes of what is not there
+            same = False
+    if not same:
+        raise UserError(
+            f"layer {dead[0]!r}: the output depends on it, but no gradient comes back to it, so "
+            "nothing can be read; allowed: no torch.no_grad() and no detach() behind it in forward"
+        )
+    return replace(reading, order=tuple(name for name in reading.order if name not in dead))
 
 
 def _kind(module: LayerModule) -> str:
@@ -186,6 +223,7 @@ def _assemble(
             sum(t.is_floating_point() for t in module.state_dict().values()),
             module.num_features,
             tuple(outputs[name]),
+            reading.norm_uses[name],
         )
         for name, module in modules.items()
         if isinstance(module, NORMS)

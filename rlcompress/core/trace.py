@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
+import warnings
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -34,13 +37,20 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module, example: torch.Tensor, layers: Collection[str] = ()) -> fx.GraphModule:
     """The network as an fx graph with the shapes of `example` (N, C, H, W) on its nodes.
 
-    In-place operations are made out-of-place, so that earlier activations stay valid. Raises
+    Other arguments of `forward` are at their defaults. In-place operations are made out-of-place,
+    so that earlier activations stay valid, and what is computed for nothing is left out. Raises
     `TraceError` if the control flow cannot be traced, if one of `layers` is not called as a module
     exactly once, or if the graph computes something else than the model.
     """
     name = type(model).__name__
     try:
-        traced = fx.GraphModule(model, _Tracer().trace(model))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of defaults that are no plain numbers
+            graph = _Tracer().trace(model, concrete_args=_defaults(model) or None)
+        _, *others = (node for node in graph.nodes if node.op == "placeholder")
+        for node in others:
+            _erase(node)
+        traced = fx.GraphModule(model, graph)
     except Exception as error:
         raise TraceError(f"{name} cannot be traced by torch.fx: {first_line(error)}") from error
     calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
@@ -65,6 +75,19 @@ def trace(model: nn.Module, example: torch.Tensor, layers: Collection[str] = ())
     return traced
 
 
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """What the arguments of `forward` behind the first are, where nobody says."""
+    _, *others = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in others if p.default is not p.empty}
+
+
+def _erase(node: fx.Node) -> None:
+    """Takes out a node and what only asks whether it is what it was said to be."""
+    for user in list(node.users):
+        _erase(user)
+    node.graph.erase_node(node)
+
+
 def _out_of_place(traced: fx.GraphModule) -> None:
     for name, module in list(traced.named_modules()):
         if getattr(module, "inplace", False):
@@ -82,4 +105,5 @@ def _out_of_place(traced: fx.GraphModule) -> None:
                 node.args, node.kwargs = (), {**said.kwargs, "inplace": False}
         elif node.op == "call_method" and node.target.endswith("_"):
             node.target = node.target.rstrip("_")
+    traced.graph.eliminate_dead_code()
     traced.recompile()

@@ -95,6 +95,11 @@ def imitation(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
     return F.kl_div(logits.log_softmax(1), taught, log_target=True, reduction="batchmean")
 
 
+def first_output(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The logits of a network that in training returns auxiliary heads behind them (GoogLeNet)."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -200,9 +205,7 @@ def epochs(
             labels = data.labels_N[index].to(device)
             if recipe.augment:
                 images = _augment(images, noise)
-            logits = model(images)
-            if isinstance(logits, tuple):
-                logits = logits[0]  # auxiliary heads (GoogLeNet's) come behind
+            logits = first_output(model(images))
             loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             wanted = None
             if taught is not None:
@@ -289,7 +292,7 @@ def distill(
     with seeded(seed, images.device):
         for step in range(steps):
             index = torch.randperm(len(images), generator=generator)[:batch].to(images.device)
-            loss = imitation(model(images[index]), taught[index])
+            loss = imitation(first_output(model(images[index])), taught[index])
             descend(optimizer, loss, lr * one_cycle(step, steps))
     model.eval()
 

@@ -30,7 +30,7 @@ from rlcompress.core.policy import PRIOR, Agent
 from rlcompress.core.problem import pick_device
 from rlcompress.core.schedule import BITS, KEEPS, Measurement, Schedule
 from rlcompress.core.squeeze import Pace
-from rlcompress.core.train import descend, logits_of, one_cycle, seeded, sgd
+from rlcompress.core.train import descend, first_output, logits_of, one_cycle, seeded, sgd
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Trainer:
         self.model.train()
         # Dropout draws from torch's own generator.
         with seeded(self._generator.initial_seed() * 1_000_003 + self.step, self._device):
-            logits = self.model(images)
+            logits = first_output(self.model(images))
         loss = F.cross_entropy(logits, labels)
         descend(self._optimizer, loss, t.lr * one_cycle(self.step, t.steps))
         self.step += 1

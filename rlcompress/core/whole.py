@@ -35,6 +35,7 @@ class WholeEvaluator(Evaluator):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._place = {layer.name: t for t, layer in enumerate(self.layers)}
+        self._shared = {norm.name for norm in self.network.norms if norm.uses > 1}
 
         def handle(call: Call) -> torch.Tensor:
             y = call.run()
@@ -112,7 +113,8 @@ class WholeEvaluator(Evaluator):
             stack.enter_context(torch.autocast(device, self.dtype, enabled=low))
             small = cut(self._model, self.network, kept)
             for name, module in small.named_modules():
-                if isinstance(module, NORMS) and module.running_mean is not None:
+                estimated = isinstance(module, NORMS) and module.running_mean is not None
+                if estimated and name not in self._shared:
                     stack.callback(module.register_forward_pre_hook(estimate(name)).remove)
             weights = {n: w for n, w in layer_weights(small).items() if n in self._place}
             stack.enter_context(LayerCalls(weights, handle))

@@ -1,0 +1,324 @@
+"""Networks that are legal and unusual: what is scored is what is cut, written and read back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rlcompress import core
+from rlcompress.core.dynamic import DynamicCompressor
+from rlcompress.core.errors import UserError
+from rlcompress.core.fitted import CutNetwork
+from rlcompress.core.measure import compare
+from rlcompress.core.prune import cut
+from rlcompress.core.squeeze import Pace
+
+SHAPE = (3, 8, 8)
+HERE = "tests.core.test_unusual"
+
+
+def head(channels: int = 8) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)]
+
+
+def conv(channels: int = 8, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(channels, 8, 3, padding=1, bias=bias)
+
+
+def norms_without_affine() -> nn.Module:
+    norms = [nn.BatchNorm2d(8, affine=False) for _ in range(2)]
+    layers = [conv(3, bias=False), norms[0], nn.ReLU(), conv(), norms[1], nn.ReLU()]
+    return nn.Sequential(*layers, *head())
+
+
+def norms_without_statistics() -> nn.Module:
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    return nn.Sequential(conv(3), norm, nn.ReLU(), conv(), nn.ReLU(), *head())
+
+
+def one_norm_twice() -> nn.Module:
+    norm = nn.BatchNorm2d(8)
+    return nn.Sequential(conv(3), norm, nn.ReLU(), conv(), norm, nn.ReLU(), *head())
+
+
+def one_convolution_twice() -> nn.Module:
+    twice = conv()
+    layers = [conv(3), nn.ReLU(), twice, nn.ReLU(), twice, nn.ReLU()]
+    return nn.Sequential(*layers, *head()[:2], nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def one_prelu_twice() -> nn.Module:
+    slope = nn.PReLU()
+    return nn.Sequential(conv(3), slope, conv(), slope, *head())
+
+
+def no_biases() -> nn.Module:
+    layers = [conv(3, bias=False), nn.ReLU(), conv(bias=False), nn.ReLU()]
+    return nn.Sequential(*layers, *head()[:2], nn.Linear(8, 4, bias=False))
+
+
+class TwoNames(nn.Module):
+    """A layer norm under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.a, self.fc = conv(3), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.n1 = self.n2 = nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.n1(F.relu(self.c(x)).mean((2, 3)))
+        return self.fc(self.n2(F.relu(self.a(h))))
+
+
+class Interleaved(nn.Module):
+    """Both convolutions, then both of their norms; of different widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2 = conv(3), nn.Conv2d(3, 6, 3, padding=1)
+        self.b1, self.b2 = nn.BatchNorm2d(8), nn.BatchNorm2d(6)
+        self.c3, self.fc = nn.Conv2d(14, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        p, q = self.c1(x), self.c2(x)
+        p, q = self.b1(p), self.b2(q)
+        return self.fc(self.c3(F.relu(torch.cat([p, q], 1))).mean((2, 3)))
+
+
+class Defaults(nn.Module):
+    """Arguments that nobody gives, one of which decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.fc = conv(3), conv(), nn.Linear(8, 4)
+
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, pooled: bool = True
+    ) -> torch.Tensor:
+        h = F.relu(self.c2(F.relu(self.c1(x))))
+        if mask is not None:
+            h = h * mask
+        h = h.mean((2, 3)) if pooled else h.amax((2, 3))
+        return self.fc(h)
+
+
+class Auxiliary(nn.Module):
+    """A head that is computed always and returned in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2 = conv(3), conv()
+        self.aux, self.fc = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        h = F.relu(self.c1(x))
+        other = self.aux(h.mean((2, 3)))
+        y = self.fc(F.relu(self.c2(h)).mean((2, 3)))
+        return (y, other) if self.training else y
+
+
+NETWORKS = (
+    norms_without_affine,
+    norms_without_statistics,
+    one_norm_twice,
+    one_convolution_twice,
+    one_prelu_twice,
+    no_biases,
+    TwoNames,
+    Interleaved,
+    Defaults,
+    Auxiliary,
+)
+
+
+def made(make) -> tuple[nn.Module, torch.Tensor]:
+    """A network with statistics that matter, and images."""
+    torch.manual_seed(0)
+    model, images = make().eval(), torch.randn(48, *SHAPE)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    return model, images
+
+
+@pytest.mark.parametrize("recovery", ["none", "bn", "reconstruct", "steps:2"])
+@pytest.mark.parametrize("make", NETWORKS)
+def test_scored_is_written_is_read(make, recovery, tmp_path):
+    model, images = made(make)
+    network = core.build_network(model, images[:1])
+    estimates = core.estimate(model, network, images)
+    score = images[32:]
+    evaluator = core.build_evaluator(
+        model, network, images[:32], score, None, estimates, recovery=recovery
+    )
+    schedule = network.uniform(0.5, 6)
+    measured = evaluator.evaluate(schedule)
+    small = core.fitted_network(model, evaluator, schedule)
+    with torch.no_grad():
+        dense, fitted = model(score), quantized(small, schedule)(score)
+    if evaluator.steps == 0:
+        _, _, kl = compare(fitted, dense, dense.argmax(1))
+        assert kl == pytest.approx(measured.kl, rel=0.02, abs=1e-6)
+    path, ref = tmp_path / "w.safetensors", core.ModelRef(f"{HERE}:{make.__name__}", {}, 4, SHAPE)
+    core.write_network(path, small, network, ref, schedule)
+    assert path.stat().st_size == measured.bytes
+    again = core.load_artifact(path, trust=[ref.factory])
+    with torch.no_grad():
+        written = quantized(small, schedule)(score)
+        assert torch.allclose(again(score), written, atol=1e-4 * float(written.abs().max()))
+
+
+def quantized(small: CutNetwork, schedule: core.Schedule) -> nn.Module:
+    """With the weights that are codes x scale."""
+    from rlcompress.core.quant import fake_quantize
+
+    modules = dict(small.model.named_modules())
+    with torch.no_grad():
+        for name, scale in small.scales.items():
+            weight = modules[name].weight
+            weight.copy_(fake_quantize(weight, scale, schedule.width(name)))
+    return small.model
+
+
+def test_norms_that_the_code_calls_later_belong_to_their_layers():
+    model, images = made(Interleaved)
+    network = core.build_network(model, images[:1])
+    estimates = core.estimate(model, network, images)
+    data = (model, network, images[:32], images[32:], None, estimates)
+    evaluator = core.build_evaluator(*data, recovery="none")
+    assert not evaluator.slow
+    schedule = core.Schedule({"c1": 0.3, "c2": 0.7})
+    with torch.no_grad():
+        small = cut(model, network, evaluator.kept(schedule))(images[32:])
+        dense = model(images[32:])
+    _, _, kl = compare(small, dense, dense.argmax(1))
+    assert evaluator.evaluate(schedule).kl == pytest.approx(kl, rel=1e-3)
+
+
+def test_arguments_with_defaults_are_at_their_defaults():
+    model, images = made(Defaults)
+    network = core.build_network(model, images[:1])
+    estimates = core.estimate(model, network, images)
+    evaluator = core.build_evaluator(model, network, images[:32], images[32:], None, estimates)
+    assert not evaluator.slow
+
+
+def test_layers_that_are_computed_for_nothing_are_none():
+    model, images = made(Auxiliary)
+    network = core.build_network(model, images[:1])
+    assert list(network.layers) == ["c1", "c2", "fc"]
+    assert network.unused == ("aux",)
+    assert not any(group.protected for group in network.groups.values())
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.back, self.fc = conv(3), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            h = self.back(x).mean((2, 3))
+        return self.fc(h)
+
+
+def test_what_gradients_cannot_reach_is_told():
+    with pytest.raises(UserError, match=r"layer 'back'.*no gradient comes back to it"):
+        core.build_network(Frozen(), torch.zeros(1, *SHAPE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_of_weights_are_told(dtype):
+    with pytest.raises(UserError, match=rf"'0' has weights of {dtype}; allowed: torch.float32"):
+        core.build_network(no_biases().to(dtype), torch.zeros(1, *SHAPE, dtype=dtype))
+
+
+def test_macs_are_those_of_all_uses():
+    network = core.build_network(one_convolution_twice().eval(), torch.zeros(1, *SHAPE))
+    pixels, kernel = 64, 9
+    once = {"0": 3 * 8 * kernel * pixels, "2": 8 * 8 * kernel * pixels, "8": 64, "10": 32}
+    assert {n: x.macs for n, x in network.layers.items()} == {**once, "2": 2 * once["2"]}
+
+
+class Windows(nn.Module):
+    """Windows of 4 x 4 pixels in the first dimension, as attention folds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.l, self.fc = conv(3), nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.c(x).unfold(2, 4, 4).unfold(3, 4, 4)  # (N, 8, 2, 2, 4, 4)
+        h = h.permute(0, 2, 3, 4, 5, 1).reshape(-1, 16, 8)
+        return self.fc(F.relu(self.l(h)).reshape(len(x), -1, 16).mean(1))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_macs_of_windows(images):
+    network = core.build_network(Windows().eval(), torch.zeros(images, *SHAPE))
+    assert network.layers["l"].macs == 8 * 16 * 64
+
+
+def test_the_cache_counts_all_that_it_keeps_alive():
+    """A prefix of steps:K keeps the weights of all layers before it."""
+    convolutions = [nn.Conv2d(n, 192, 3, padding=1) for n in (3, 192, 192)]
+    wide = nn.Sequential(*(x for c in convolutions for x in (c, nn.ReLU())), *head(192))
+    model, images = made(lambda: wide)
+    network = core.build_network(model, images[:1])
+    estimates = core.estimate(model, network, images[:8])
+    data = (model, network, images[:2], images[2:3], None, estimates)
+    evaluator = core.build_evaluator(*data, recovery="steps:1", cache_bytes=16 * 2**20)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        bits = {name: int(rng.choice([2, 3, 4, 5, 6, 8])) for name in network.layers}
+        evaluator.evaluate(core.Schedule({}, bits))
+    held = {}
+    for prefix, _ in evaluator.cache._entries.values():
+        for tensor in [*prefix.live.values(), *(f.weight for f in prefix.fitted.values())]:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    assert len(evaluator.cache._entries) > 1
+    assert sum(held.values()) <= evaluator.cache.bytes <= evaluator.cache.max_bytes
+
+
+def train(model: nn.Module, images: torch.Tensor, **how: bool) -> DynamicCompressor:
+    pace = Pace(warmup=9, recovery_steps=2, rounds=1, watch=2)
+    compressor = DynamicCompressor(model, images[:1], target=1.3, pace=pace)
+    model.train(how.get("training", True))
+    if how.get("frozen"):
+        model[0].eval()
+        model[1].eval()
+    labels = torch.randint(0, 4, (len(images),), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(compressor.steps_needed):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        compressor.step(loss)
+    return compressor
+
+
+def test_compression_in_training_sees_layers_that_are_in_eval_mode():
+    model, images = made(norms_without_affine)
+    compressor = train(model, images, frozen=True)
+    assert {"0", "3", "8"} <= compressor.signals.patches.keys()
+    assert compressor.ratio < 3  # the target is 1.3: no reason for two bits
+
+
+def test_a_model_that_is_not_in_training_is_told():
+    model, images = made(norms_without_affine)
+    with pytest.raises(UserError, match=r"not called in training mode: call model\.train\(\)"):
+        train(model, images, training=False)
+
+
+def test_equal_schedules_are_one():
+    one = core.Schedule({"g": 1}, {"a": np.int64(4)})
+    other = core.Schedule({"g": np.float32(1.0)}, {"a": 4})
+    assert one == other
+    assert one.to_json() == other.to_json()
+    assert hash(one) == hash(other)
