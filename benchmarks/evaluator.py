@@ -9,6 +9,8 @@ forward of the same 512 images in one batch, right before it, one thread. Networ
 `benchmarks.networks`; medians, with the standard deviation of the single ratios.
 
 keep      uniform 4 bits at each keep ratio, nothing cached
+cut       a forward of the cut networks alone, in the precision of candidates: the least that an
+          evaluation could take
 search    averaged over a whole search with the default cache; `prior` samples episodes from the
           untrained policy, other names are searchers
 memory    growth of a process's peak memory (on a GPU: of what is allocated there) by building the
@@ -40,6 +42,7 @@ import torch
 from benchmarks import results
 from benchmarks.networks import EXPERIMENTS, bundle, identity, workspace
 from rlcompress.core.files import read_lines
+from rlcompress.core.fitted import fitted_network
 from rlcompress.core.policy import ILLEGAL
 from rlcompress.core.problem import Bundle, pick_device
 from rlcompress.core.schedule import Measurement, Schedule
@@ -50,7 +53,7 @@ ENVIRONMENT = "envs:rlcompress/Compression-v0"
 RECOVERIES = ("bn", "reconstruct")
 KEEPS = (1.0, 0.7, 0.5, 0.2)
 BITS = 4
-PARTS = ("keep", "search", "memory", "vector")
+PARTS = ("keep", "cut", "search", "memory", "vector")
 RANDOM_SCHEDULES = 40
 EPISODES = 8
 UNIT = "plain fp32 forwards"
@@ -74,9 +77,9 @@ class Clock:
 
     def __init__(self, known: Bundle) -> None:
         self.device = pick_device(known.device)
-        self._model = known.model().to(self.device, memory_format=torch.channels_last)
+        self.model = known.model().to(self.device, memory_format=torch.channels_last)
         images = torch.from_numpy(np.concatenate([known.fit_NCHW, known.score_NCHW]))
-        self._images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        self.images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         self.plain()
 
     def timed(self, call: Callable[[T], R], argument: T) -> tuple[float, R]:
@@ -94,7 +97,7 @@ class Clock:
     def plain(self) -> float:
         """Seconds of a plain forward."""
         with torch.inference_mode():
-            return self.timed(self._model, self._images)[0]
+            return self.timed(self.model, self.images)[0]
 
 
 def time_keeps(known: Bundle, repetitions: int) -> Iterator[dict[str, Any]]:
@@ -108,6 +111,23 @@ def time_keeps(known: Bundle, repetitions: int) -> Iterator[dict[str, Any]]:
             taken, _ = clock.timed(problem.evaluator.evaluate, schedule)
             ratios.append(taken / plain)
         yield {"keep": keep, "ratios": ratios, "plain_s": plain, "evaluation_s": taken}
+
+
+def time_cut(known: Bundle, repetitions: int) -> Iterator[dict[str, Any]]:
+    problem, clock = replace(known, recovery="none", cache_bytes=0).problem(), Clock(known)
+    dtype = problem.evaluator.dtype
+    for keep in KEEPS:
+        schedule = problem.network.uniform(keep, BITS)
+        small = fitted_network(clock.model, problem.evaluator, schedule).model
+        small = small.to(dtype, memory_format=torch.channels_last)
+        ratios = []
+        with torch.inference_mode():
+            images = clock.images.to(dtype)
+            small(images)  # warm
+            for _ in range(repetitions):
+                plain = clock.plain()
+                ratios.append(clock.timed(small, images)[0] / plain)
+        yield {"keep": keep, "ratios": ratios, "plain_s": plain, "dtype": str(dtype)}
 
 
 def time_search(known: Bundle, searcher: str, target: Target, count: int) -> dict[str, Any]:
@@ -248,6 +268,9 @@ def measure_all(options: argparse.Namespace, path: Path, key: str) -> None:
         dense = {"network": name, "dense": identity(run)}
         known = bundle(run, seed=0, device=options.device)
         target = run.experiment.search.target
+        if "cut" in options.parts and missing(part="cut", keep=KEEPS[-1], **dense):
+            for row in time_cut(known, options.repetitions):
+                add(part="cut", **dense, **row)
         for recovery in RECOVERIES:
             chosen, what = replace(known, recovery=recovery), {**dense, "recovery": recovery}
             if "keep" in options.parts and missing(part="keep", keep=KEEPS[-1], **what):
@@ -274,8 +297,8 @@ def summarise(device: str, path: Path, key: str) -> None:
     figures: dict[str, Any] = {}
     for row in newest.values():
         network, recovery = row["network"], row.get("recovery")
-        if row["part"] == "keep":
-            name = f"{recovery}_keep{row['keep']:.1f}_{network}".replace(".", "")
+        if row["part"] in ("keep", "cut"):
+            name = f"{recovery or 'cut'}_keep{row['keep']:.1f}_{network}".replace(".", "")
             figures[name] = results.median_figure(row["ratios"], UNIT)
         elif row["part"] == "search":
             figures[f"{recovery}_search_{network}"] = {
