@@ -26,6 +26,7 @@ ELSEWHERE = {
     "ray start": "starts a cluster; tests/rl/test_cluster.py does",
     "ray job submit": "needs a running cluster; tests/rl/test_cluster.py has one",
     "export RAY_AUTH_MODE=token": "of the shell",
+    "ray get-auth-token": "writes a token into the home folder",
     "pip install uv && uv run rlcompress run quickstart": "installs; its verb is read below",
     "uv run pytest": "is what runs this",
     "chromium --headless": "draws docs/report.png; tests/test_page_browser.py opens the page",

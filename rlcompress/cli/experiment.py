@@ -181,13 +181,13 @@ def transfer(
     sets: Sets = None,
     out: Out = None,
 ) -> None:
-    """Compress an experiment's network with a policy trained on others: one episode a size, then
-    local search with what evaluations are left.
+    """Compress an experiment's network with a policy trained on others: one episode for each of up
+    to 24 sizes, then local search with what evaluations are left.
 
     \b
     rlcompress transfer quickstart
-    rlcompress transfer quickstart --policy runs/zoo --evaluations 25
-    rlcompress transfer quickstart --policy rlcompress-policy@champion
+    rlcompress transfer resnet18-fashion --policy runs/zoo --evaluations 50
+    rlcompress transfer quickstart --policy NAME@champion --set tracking.uri=http://SERVER:5000
     """
     given = {"searcher": "transfer", "policy": policy, "episodes": str(evaluations)}
     # Behind them what --set says, which wins.

@@ -66,7 +66,7 @@ def submit(
     out. On the cluster the run folder stays, and the same command goes on in it.
 
     \b
-    rlcompress submit quickstart --address http://HEAD:8265
+    rlcompress submit quickstart --address http://127.0.0.1:8265
     rlcompress submit quickstart --verb tune --set tune.trials=16 --no-wait
     rlcompress submit quickstart --follow raysubmit_1a2b3c4d
 

@@ -236,7 +236,9 @@ def _of(name: str, read: Callable[[], Any]) -> Any:
 
 
 def _pair(item: Any, name: str) -> tuple[torch.Tensor, Any]:
-    """Image and label of an item; None for the label of an image alone."""
+    """Image and label of an item; None for the label of an image alone, in a tuple or not."""
+    if isinstance(item, tuple | list) and len(item) == 1:
+        (item,) = item
     if isinstance(item, torch.Tensor):
         return item, None
     if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], torch.Tensor):

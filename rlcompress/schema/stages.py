@@ -144,8 +144,8 @@ class SearchSpec(Section):
     )
     sensitivity: Literal["estimated", "measured", "refitted"] = Field(
         "estimated",
-        description="what knapsack and local solve on: estimates, or one choice at a time measured "
-        "with half of the episodes, after batch norms or with readers refitted",
+        description="what knapsack, local and ppo go by: estimates, or one choice at a time "
+        "measured with half of the episodes, after batch norms or with readers refitted",
     )
     policy: str = Field(
         "default",

@@ -127,6 +127,8 @@ def varying():
     return [[(torch.zeros(1, 8 + i, 8), 0) for i in range(3)]] * 3
 def mixed():
     return [[(torch.zeros(1, 8, 8), 0), (torch.zeros(1, 8, 8).byte(), 1)]] * 3
+def unlabelled():
+    return [torch.utils.data.TensorDataset(torch.ones(n, 1, 8, 8)) for n in (6, 3, 3)]
 def half():
     return [[(torch.zeros(1, 8, 8), 0), torch.zeros(1, 8, 8)]] * 3
 class Huge:
@@ -148,6 +150,8 @@ def test_a_users_factory_of_three_data_sets(tmp_path, monkeypatch):
     assert [len(s) for s in (data.train, data.validation, data.test)] == [6, 3, 3]
     assert (data.num_classes, data.train.raw_NCHW.shape[1]) == (3, 3)
     assert torch.equal(data.train.images()[5], torch.full((3, 8, 8), 5.0))
+    alone = build_data("users_own_data:unlabelled", {})
+    assert (alone.labelled, len(alone.train), alone.num_classes) == (False, 6, 0)
     with pytest.raises(UserError, match="varying shape"):
         build_data("users_own_data:varying", {})
     with pytest.raises(UserError, match="empty"):
