@@ -6,7 +6,7 @@
 
 Networks as torchvision initialises them (`weights=None`, 10 classes, 224 pixels; Inception 299),
 batch norms run in on noise, heads of zeros made random. A schedule draws every keep ratio and
-every width (2-8 or 32 bits) at random. Differences are the largest ones over four images, relative
+every width (1-8 or 32 bits) at random. Differences are the largest ones over four images, relative
 to the largest output: `masked_cut` between the network under masks and the cut one, `cut_reloaded`
 between the cut and quantized network and the file read back by a new process that has nothing
 else. `seconds` and `memory_mb` are those of reading the structure (with its check), above a process
@@ -66,7 +66,7 @@ FAMILIES = (
     "swin_t",
 )
 KEEPS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0)
-BITS = (2, 3, 4, 5, 6, 7, 8, 32)
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
 LIMIT = 1e-4
 #: Least spread of the outputs over images, against the largest: a dead network proves nothing.
 ALIVE = 1e-3

@@ -39,18 +39,12 @@ from rlcompress.core.inputs import (
     require,
 )
 from rlcompress.core.measure import compare
+from rlcompress.core.positions import Positions, enough_positions, patches, sample_positions
 from rlcompress.core.prefix import FittedLayer, Prefix, Step
+from rlcompress.core.process import multiplies_bfloat16
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import attach_fake_quant, fake_quantize, scale_of, unexplained
-from rlcompress.core.reconstruct import (
-    RIDGES,
-    Fit,
-    Positions,
-    enough_positions,
-    patches,
-    refit,
-    sample_positions,
-)
+from rlcompress.core.reconstruct import RIDGES, Fit, refit
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, parse_recovery
 from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.trace import TraceError
@@ -61,17 +55,12 @@ STATISTICS_ROWS = 16384
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it faster than float32: AMX, AVX-512 BF16,
-    or CUDA from Ampere on. Raises ValueError on what is not one of `PRECISIONS`."""
+    """`auto` is bfloat16 where `multiplies_bfloat16`. Raises ValueError on what is not one of
+    `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}")
     if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-            fast = device.type == "cpu" and cpu
-        precision = "bfloat16" if fast else "float32"
+        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
     return getattr(torch, precision)
 
 
@@ -128,6 +117,8 @@ class Evaluator(ABC):
         self._positions_wanted = positions
         self._generator = torch.Generator().manual_seed(seed)
         self._targets: dict[str, tuple[Positions, torch.Tensor]] = {}
+        #: The layer that puts out the logits, where one is known to.
+        self._last: str | None = None
         #: Refits by the choices that led to them; the layer's own choice changes none.
         self._fits: ByteCache[Fit] = ByteCache(0)
         self._ridges: dict[str, tuple[float, ...]] = {}
@@ -279,10 +270,16 @@ class Evaluator(ABC):
             fit = self._fits.get(before) if before is not None else None
             if fit is None:
                 ridges = self._ridges.get(layer.name, RIDGES)
-                patches_PGD = patches(call, at, conv_groups).float()
-                # Where nothing behind the layer takes up the mean, the weights have to.
-                shifted = bool(layer.has_bias or layer.batch_norm or self.network.norms)
-                fit = refit(patches_PGD, target_PO, weight, ridges, centred=shifted)
+                patches_PGD = patches(call, at, conv_groups)
+                fit = refit(
+                    patches_PGD,
+                    target_PO,
+                    weight,
+                    ridges,
+                    # Where nothing behind the layer takes up the mean, the weights have to.
+                    centred=bool(layer.has_bias or layer.batch_norm or self.network.norms),
+                    logits=layer.name == self._last,
+                )
                 if self._choosing is not None:
                     self._choosing[layer.name] = (float(fit.ridge_G.median()) or RIDGES[0],)
                 if before is not None:
@@ -294,13 +291,14 @@ class Evaluator(ABC):
         scale = None
         if bits != FULL_PRECISION:
             clip_O = self.estimates.clip_of(layer.name, bits).to(weight)[out]
-            scale = scale_of(weight, clip_O, bits)
             if fit is None:
+                scale = scale_of(weight, clip_O, bits)
                 weight = fake_quantize(weight, scale, bits)
             else:
+                scale = fit.scale(rows, clip_O, bits)
                 weight = fit.quantize(rows, scale, bits)
         if fit is not None and bias is not None and not layer.batch_norm:
-            bias = target_PO.mean(0) - fit.mean_outputs(weight)
+            bias = fit.mean_O.index_select(0, rows) - fit.mean_outputs(weight)
         given, centre = bias, None
         centred = self.recovery != "none" and layer.batch_norm and not untouched
         if centred and call.x.dtype != torch.float32 and len(at.n_P):

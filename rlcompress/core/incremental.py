@@ -26,11 +26,11 @@ from rlcompress.core.trace import TraceError, trace
 
 Values = dict[fx.Node, Any]
 _SUMS = (operator.add, operator.iadd, torch.add)
+#: Of a batch norm, per unit of its input.
+LEAST_GAIN = 1e-3
 #: Of the cache, for one prefix. The wide ones of the first layers would drive out many narrow ones,
 #: each of which saves all that comes before it.
 LARGEST_SHARE = 1 / 8
-#: Of a batch norm, per unit of its input.
-LEAST_GAIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class IncrementalEvaluator(Evaluator):
         self._segments = self._split()
         batch = self._batch
         self._sums = self._find_sums()
+        heads = (x.name for x in self.layers if x.kind == "linear")
+        self._last = next((name for name in heads if name == self._output.target), None)
         self._beside: dict[str, torch.Tensor] = {}
         with torch.inference_mode():
             start = self._run_nodes(self._segments[0], {}, lambda node: batch)

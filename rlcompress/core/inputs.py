@@ -43,7 +43,9 @@ def choice_problems(keeps: Sequence[float], bits: Sequence[int]) -> list[str]:
         found.append(f"keeps = {tuple(keeps)}: 1.0 must be among them")
     allowed = f"whole numbers from {MIN_BITS} to {MAX_BITS}"
     widths = range(MIN_BITS, MAX_BITS + 1)
-    found += [f"bits = {width!r}: {allowed}" for width in bits if width not in widths]
+    for width in bits:
+        if isinstance(width, bool) or width not in widths:
+            found.append(f"bits = {width!r}: {allowed}")
     return found if bits else [*found, f"bits = (): at least one; {allowed}"]
 
 

@@ -5,7 +5,7 @@ Cast to float and a Mul by one scale a channel:
 
 | bits | type | weight |
 | ---- | ---- | ------ |
-| 2    | INT2 (opset 25) | (2 q + 1) * scale: Cast, Mul, Add, Mul; q = -2 ... 1 |
+| 1, 2 | INT2 (opset 25) | (2 q + 1) * scale: Cast, Mul, Add, Mul; q = -2 ... 1 |
 | 3, 4 | INT4 (opset 21) | q * scale |
 | 5-8  | INT8 | q * scale |
 
@@ -89,7 +89,7 @@ def layer_codes(
 
 def versions(bits: Mapping[str, int]) -> tuple[int, int]:
     """The opset and the IR version that these bits need."""
-    return INT2_VERSIONS if 2 in bits.values() else INT4_VERSIONS
+    return INT2_VERSIONS if min(bits.values(), default=8) <= 2 else INT4_VERSIONS
 
 
 def _find(graph: Any, name: str, weight: np.ndarray) -> tuple[Any, bool]:
@@ -151,7 +151,7 @@ def store_codes(model: Any, layers: Mapping[str, Codes], *, int8: bool = False) 
             scale = constant(f"{name}.scale", layer.scale)
             nodes = [ir.node("DequantizeLinear", [q, scale], {"axis": axis})]
         else:
-            two_bits = layer.bits == 2
+            two_bits = layer.bits <= 2
             kind = ml_dtypes.int2 if two_bits else ml_dtypes.int4 if layer.bits <= 4 else np.int8
             stored = (codes - 1) // 2 if two_bits else codes
             q = constant(f"{name}.codes", stored.astype(kind))

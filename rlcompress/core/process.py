@@ -25,3 +25,13 @@ def settle_process() -> None:
         if hasattr(library, "mallopt"):
             for option in (_MMAP_THRESHOLD, _TOP_PAD, _TRIM_THRESHOLD):
                 library.mallopt(*option)
+
+
+@functools.cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32: AMX, AVX-512 BF16, or CUDA from
+    Ampere on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and cpu

@@ -1,9 +1,10 @@
-"""Weight quantization: per-channel, symmetric, 2-8 bits.
+"""Weight quantization: per-channel, symmetric, 1-8 bits.
 
 A weight is `scale[o] * code`, code an integer. At 4-8 bits the codes are
--(2^(b-1)-1) ... 2^(b-1)-1. At 2 and 3 bits they are the odd numbers -(2^b-1) ... 2^b-1: a
+-(2^(b-1)-1) ... 2^(b-1)-1. At 1 to 3 bits they are the odd numbers -(2^b-1) ... 2^b-1: a
 symmetric grid with zero wastes one of its 2^b levels, which costs a normal distribution
-0.19 against 0.12 of its variance at 2 bits (Max, 1960), and nothing that matters at 4 and up.
+0.19 against 0.12 of its variance at 2 bits (Max, 1960; at 1 bit, where the codes are signs, 0.36),
+and nothing that matters at 4 and up.
 
 Shapes: w_O... a weight with O output channels first; scale_O.
 """
@@ -22,9 +23,9 @@ from rlcompress.core.graph import Network
 from rlcompress.core.models import find_factory
 from rlcompress.core.schedule import FULL_PRECISION
 
-ODD_BITS = (2, 3)
+ODD_BITS = (1, 2, 3)
 #: Clip candidates: the largest representable magnitude as a share of the channel's largest.
-CLIP_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+CLIP_GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 HISTOGRAM_BINS = 64
 #: Bounds of the clip rules' work on very large layers.
 MOST_INPUTS, MOST_OUTPUTS = 8192, 256

@@ -16,7 +16,7 @@ from typing import Any
 
 #: Weight bits that mean "not quantized": the layer keeps 32-bit floats.
 FULL_PRECISION = 32
-MIN_BITS, MAX_BITS = 2, 8
+MIN_BITS, MAX_BITS = 1, 8
 #: Keep ratios and weight bits that a search chooses from, unless it is told otherwise.
 KEEPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.1)
 BITS = (2, 3, 4, 5, 6, 8)
@@ -44,7 +44,7 @@ def parse_recovery(recovery: str) -> tuple[str, int]:
 
 @dataclass(frozen=True, eq=True)
 class Schedule:
-    """What survives: group -> keep ratio in (0, 1], layer -> weight bits (2-8, or 32 = float).
+    """What survives: group -> keep ratio in (0, 1], layer -> weight bits (1-8, or 32 = float).
 
     A group or layer that is not named keeps everything: ratio 1.0, 32 bits. Raises ValueError on
     other ratios and bits.
@@ -61,7 +61,7 @@ class Schedule:
             if not isinstance(ratio, Real) or not 0.0 < ratio <= 1.0:
                 raise ValueError(f"keep[{group!r}] = {ratio!r}: a keep ratio lies in (0, 1]")
         for layer, bits in self.bits.items():
-            whole = isinstance(bits, Integral)
+            whole = isinstance(bits, Integral) and not isinstance(bits, bool)
             if not whole or (bits != FULL_PRECISION and not MIN_BITS <= bits <= MAX_BITS):
                 raise ValueError(
                     f"bits[{layer!r}] = {bits!r}: weight bits are {MIN_BITS}-{MAX_BITS}, "

@@ -44,10 +44,10 @@ from rlcompress.core.inputs import (
     image_problems,
     require,
 )
+from rlcompress.core.positions import patches, sample_positions
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, scale_of
 from rlcompress.core.reading import all_gradients
-from rlcompress.core.reconstruct import patches, sample_positions
 from rlcompress.core.schedule import BITS, KEEPS
 from rlcompress.core.solved import Choices, solved_costs
 from rlcompress.core.tensors import load_tensors, save_tensors
@@ -246,7 +246,7 @@ def estimate(
     model was trained on; an evaluation's time or two.
 
     keeps      keep ratios, (0, 1], 1.0 among them
-    bits       weight bits, 2 to 8
+    bits       weight bits, 1 to 8
     clip       the rule of `quant.choose_clip`
     told       how many of `images`, the first ones, are estimated on (None: all). Layers are
                refitted on the others; where those are less than half as many, on the second half

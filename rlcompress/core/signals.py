@@ -30,9 +30,9 @@ from rlcompress.core.calls import Call, as_call
 from rlcompress.core.errors import UserError
 from rlcompress.core.fisher import readers_of
 from rlcompress.core.graph import Layer, Link, Network
+from rlcompress.core.positions import patches, sample_positions
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, float_weight, mse_clip, scale_of
-from rlcompress.core.reconstruct import patches, sample_positions
 from rlcompress.core.sensitivity import Estimates, root_activation
 
 #: Output positions of a layer that are looked at, and inputs that covariances are taken from.

@@ -27,18 +27,10 @@ from torch.nn import functional as F
 from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.fisher import backward, readers_of
 from rlcompress.core.graph import Network, kept_mask
-from rlcompress.core.quant import scale_of
+from rlcompress.core.moments import Sample
+from rlcompress.core.positions import enough_positions, patches, sample_positions
 from rlcompress.core.reading import all_gradients
-from rlcompress.core.reconstruct import (
-    DAMPING,
-    Factor,
-    Fit,
-    enough_positions,
-    gram,
-    patches,
-    refit,
-    sample_positions,
-)
+from rlcompress.core.reconstruct import refit_sample, unfitted
 
 #: Bytes of weight changes held at a time; what is beyond takes another pass.
 MOST_BYTES = 256 * 2**20
@@ -164,7 +156,8 @@ def _solve(
 
 
 class _Solver:
-    """Refits and rounds one layer at the sampled positions of its dense inputs and outputs."""
+    """Refits and rounds one layer at the sampled positions of its dense inputs and outputs. All
+    keep ratios of what it reads are parts of one `Sample`."""
 
     def __init__(
         self,
@@ -176,14 +169,15 @@ class _Solver:
     ) -> None:
         self.layer, self.choices = network.layers[call.name], choices
         self.weight = call.weight.detach().float()
-        self.patch_PGD, self.output_PO = patch_PGD, output_PO
-        mean_GD = patch_PGD.mean(0)
-        self.centred_GPD = (patch_PGD - mean_GD).transpose(0, 1)
-        zeros_G, hessian = mean_GD.new_zeros(len(mean_GD)), None
-        if patch_PGD.shape[2] <= len(patch_PGD):
-            hessian = Factor.of(gram(self.centred_GPD), torch.full_like(zeros_G, DAMPING))
-        self.whole = Fit(self.weight, mean_GD, hessian, zeros_G)
-        self.deviation_O = output_PO.std(0, correction=0)
+        self.sample = Sample.of(patch_PGD, output_PO)
+        self.sums = self.sample.whole
+        self.whole = unfitted(self.sample, self.weight)
+        self.energy_Go = self.sums.energy(self._grouped(self.weight))
+
+    def _grouped(self, weight: torch.Tensor) -> torch.Tensor:
+        """w_GDo"""
+        groups = len(self.sample.mean_GD)
+        return weight.reshape(groups, len(weight) // groups, -1).transpose(1, 2)
 
     def change(self, choice: _Choice) -> torch.Tensor:
         made = (
@@ -192,10 +186,8 @@ class _Solver:
             else self._refitted(choice.group, choice.index)
         )
         if self.layer.batch_norm:
-            groups = len(self.centred_GPD)
-            w_GDo = made.reshape(groups, len(made) // groups, -1).transpose(1, 2)
-            now_O = (self.centred_GPD @ w_GDo).std(1, correction=0).flatten()
-            scale_O = (self.deviation_O / now_O.clamp_min(1e-12)).clamp(1 / MOST_SCALE, MOST_SCALE)
+            now_Go = self.sums.energy(self._grouped(made)).clamp_min(1e-24)
+            scale_O = (self.energy_Go / now_Go).sqrt().clamp(1 / MOST_SCALE, MOST_SCALE).flatten()
             made = made * scale_O.view(-1, *[1] * (made.dim() - 1))
         return made - self.weight
 
@@ -203,16 +195,15 @@ class _Solver:
         bits = self.choices.bits[column]
         clip_O = torch.tensor(self.choices.clip[self.layer.name][column]).to(self.weight)
         out = torch.arange(len(self.weight), device=self.weight.device)
-        return self.whole.quantize(out, scale_of(self.weight, clip_O, bits), bits)
+        return self.whole.quantize(out, self.whole.scale(out, clip_O, bits), bits)
 
     def _refitted(self, group: str, column: int) -> torch.Tensor:
         layer = self.layer
         mask = kept_mask(layer.inputs, layer.in_channels, {group: self.choices.kept[group][column]})
         kept = torch.from_numpy(np.flatnonzero(mask)).to(self.weight.device)
-        count = len(self.patch_PGD)
-        by_channel = self.patch_PGD.view(count, 1, layer.in_channels, -1)
-        patch_PGD = by_channel[:, :, kept].flatten(2)
-        fitted = refit(patch_PGD, self.output_PO, self.weight[:, kept])
+        kernel = self.weight[0, 0].numel()
+        inputs_D = (kept[:, None] * kernel + torch.arange(kernel, device=kept.device)).flatten()
+        fitted = refit_sample(self.sample.part(inputs_D), self.weight[:, kept])
         whole = torch.zeros_like(self.weight)
         whole[:, kept] = fitted.weight
         return whole

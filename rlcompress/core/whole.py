@@ -37,14 +37,20 @@ class WholeEvaluator(Evaluator):
         self._place = {layer.name: t for t, layer in enumerate(self.layers)}
         self._shared = {norm.name for norm in self.network.norms if norm.uses > 1}
 
+        last: list[tuple[str, torch.Tensor]] = []
+
         def handle(call: Call) -> torch.Tensor:
             y = call.run()
             if call.name not in self._targets:
                 self._aim(call, y)
+            last[:] = [(call.name, y)]
             return y
 
         with torch.inference_mode(), LayerCalls(self._weights, handle):
-            self._dense_done(self._model(self._batch))
+            logits = self._model(self._batch)
+        ((name, y),) = last
+        self._last = name if y is logits and self.network.layers[name].kind == "linear" else None
+        self._dense_done(logits)
         self._choose_ridges()
 
     def begin(self) -> Prefix:

@@ -121,10 +121,10 @@ class SearchSpec(Section):
         description="keep ratios a group may take, in (0, 1], with 1.0",
     )
     bits: Annotated[
-        tuple[Annotated[int, Field(ge=2, le=8)], ...],
+        tuple[Annotated[int, Field(ge=1, le=8)], ...],
         Field(strict=False, min_length=1),
         AfterValidator(distinct),
-    ] = Field(BITS, description="weight bits a layer may take, 2 to 8")
+    ] = Field(BITS, description="weight bits a layer may take, 1 to 8")
     round_to: int = Field(
         8, ge=1, description="surviving channels come in multiples of it (or all); 1 = any number"
     )

@@ -25,7 +25,7 @@ from rlcompress.core.sensitivity import Estimates, estimate
 from rlcompress.core.structure import build_network
 from rlcompress.core.train import Recipe, train
 
-BITS = (2, 3, 4, 5, 6, 7, 8, 32)
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 32)
 KEEPS = (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)
 ZOO = {
     "vgg19": ModelRef("vgg19", {"width": 0.0625}, 10, (1, 32, 32)),

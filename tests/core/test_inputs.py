@@ -44,11 +44,12 @@ def test_images_that_are_none(trained, fit):
 
 
 def test_choices_all_at_once(trained, fit):
-    lines = refused(estimate, trained.model, trained.network, fit, keeps=(0.5, 0.0), bits=(1, 4))
+    lines = refused(estimate, trained.model, trained.network, fit, keeps=(0.5, 0.0), bits=(0, 4, True))
     assert lines == [
         "keeps = 0.0: a keep ratio lies in (0, 1]",
         "keeps = (0.5, 0.0): 1.0 must be among them",
-        "bits = 1: whole numbers from 2 to 8",
+        "bits = 0: whole numbers from 1 to 8",
+        "bits = True: whole numbers from 1 to 8",
     ]
     assert "at least one" in refused(estimate, trained.model, trained.network, fit, bits=())[0]
     counts = {"told": 0, "batch": 0, "positions": -1}
@@ -87,9 +88,9 @@ def test_an_evaluator_s_arguments_all_at_once(trained, estimates, fit, score):
     ]
 
 
-@pytest.mark.parametrize("bits", ["4", 4.0, 1, True, None])
+@pytest.mark.parametrize("bits", ["4", 4.0, 0, 9, True, None])
 def test_bits_are_whole_numbers(bits):
-    with pytest.raises(ValueError, match=r"weight bits are 2-8, or 32"):
+    with pytest.raises(ValueError, match=r"weight bits are 1-8, or 32"):
         Schedule(bits={"9": bits})
 
 

@@ -29,7 +29,7 @@ from rlcompress.core.quant import (
 )
 from rlcompress.core.schedule import Schedule
 
-widths = st.integers(2, 8)
+widths = st.integers(1, 8)
 weights = arrays(
     np.float32,
     st.tuples(st.integers(1, 5), st.integers(1, 7), st.just(3)),
@@ -43,14 +43,14 @@ def gaussian(*shape: int) -> torch.Tensor:
 
 def step(bits: int) -> int:
     """Distance of neighbouring codes."""
-    return 2 if bits in (2, 3) else 1
+    return 2 if bits in (1, 2, 3) else 1
 
 
 @given(weight=weights, bits=widths, clip=st.floats(0.3, 1.0))
 def test_codes_lie_on_the_grid(weight, bits, clip):
     codes = encode(weight, scale_of(weight, clip, bits), bits)
     assert int(codes.abs().max()) <= max_code(bits)
-    if bits in (2, 3):
+    if bits in (1, 2, 3):
         assert bool((codes % 2 != 0).all())
     assert len(np.arange(-max_code(bits), max_code(bits) + 1, step(bits))) <= 2**bits
 
@@ -104,7 +104,7 @@ def test_more_bits_less_error():
             .square()
             .mean()
         )
-        for b in range(2, 9)
+        for b in range(1, 9)
     ]
     assert errors == sorted(errors, reverse=True)
 
@@ -158,7 +158,7 @@ class TestFakeQuant:
     def quantizer(self, bits: int, clip: float = 0.6) -> FakeQuant:
         return FakeQuant(bits, scale_of(self.weight, clip, bits))
 
-    @pytest.mark.parametrize("bits", range(2, 9))
+    @pytest.mark.parametrize("bits", range(1, 9))
     def test_computes_what_fake_quantize_does(self, bits):
         quantizer = self.quantizer(bits)
         wanted = fake_quantize(self.weight, quantizer.scale.detach(), bits)

@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from rlcompress.core import reconstruct
+from rlcompress.core import moments
 from rlcompress.core.calls import Call, LayerCalls
+from rlcompress.core.positions import patches, sample_positions
 from rlcompress.core.quant import fake_quantize, layer_outputs, scale_of
-from rlcompress.core.reconstruct import patches, refit, sample_positions
+from rlcompress.core.reconstruct import refit
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_positions_are_distinct_and_of_the_first_images_only():
 
 def all_positions(monkeypatch) -> None:
     """No position held out: the one ridge given is taken."""
-    monkeypatch.setattr(reconstruct, "HELD_OUT", 10**9)
+    monkeypatch.setattr(moments, "HELD_OUT", 10**9)
 
 
 @given(count=st.integers(2, 40), inputs=st.integers(1, 40), seed=st.integers(0, 2**16))
