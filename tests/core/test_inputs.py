@@ -44,7 +44,8 @@ def test_images_that_are_none(trained, fit):
 
 
 def test_choices_all_at_once(trained, fit):
-    lines = refused(estimate, trained.model, trained.network, fit, keeps=(0.5, 0.0), bits=(0, 4, True))
+    choices = {"keeps": (0.5, 0.0), "bits": (0, 4, True)}
+    lines = refused(estimate, trained.model, trained.network, fit, **choices)
     assert lines == [
         "keeps = 0.0: a keep ratio lies in (0, 1]",
         "keeps = (0.5, 0.0): 1.0 must be among them",
