@@ -15,7 +15,10 @@ from scipy.optimize import minimize
 
 from rlcompress.core.moments import Sample, Sums
 
-STEPS = 30
+#: Steps of L-BFGS, fewer where one takes long: multiplications of them all.
+LEAST_STEPS, MOST_STEPS, WORK = 6, 30, 1e10
+#: Each is two vectors as long as the weights.
+CORRECTIONS = 5
 #: Of the ridge that the regression chose: KL bends less than a square does.
 SHARE = 0.05
 
@@ -52,7 +55,9 @@ def refit_logits(
         return float(lost), gradient_EO.double().cpu().numpy().ravel()
 
     start = np.zeros(shape[0] * shape[1])
-    done = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
+    steps = int(np.clip(WORK / (2 * len(rows_PE) * start.size), LEAST_STEPS, MOST_STEPS))
+    options = {"maxiter": steps, "maxcor": CORRECTIONS}
+    done = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     v_EO = torch.from_numpy(done.x).to(base_PO).view(shape)
     if not bool(torch.isfinite(v_EO).all()):
         return None

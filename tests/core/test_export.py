@@ -27,7 +27,11 @@ from rlcompress.core.quant import fake_quantize, mse_clip, scale_of
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.structure import build_network
 
-TYPES = {2: "INT2", **dict.fromkeys((3, 4), "INT4"), **dict.fromkeys((5, 6, 7, 8), "INT8")}
+TYPES = {
+    **dict.fromkeys((1, 2), "INT2"),
+    **dict.fromkeys((3, 4), "INT4"),
+    **dict.fromkeys((5, 6, 7, 8), "INT8"),
+}
 WIDTHS = {"INT2": 2, "INT4": 4, "INT8": 8, "FLOAT": 32}
 
 
@@ -98,7 +102,7 @@ def stored(path) -> list[tuple[str, int]]:
 )
 @given(data=st.data())
 def test_any_bits_give_the_networks_answers_at_any_batch_size(data, close, scratch):
-    bits = {name: data.draw(st.sampled_from([2, 3, 4, 5, 6, 7, 8, 32]), name) for name in LAYERS}
+    bits = {name: data.draw(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 32]), name) for name in LAYERS}
     torch.manual_seed(data.draw(st.integers(0, 100), "seed"))
     model = Tokens().eval()
     model.norm.running_mean.normal_()

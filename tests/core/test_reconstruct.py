@@ -222,3 +222,24 @@ def test_some_outputs_are_rounded_as_all_of_them_are():
     scale, some = scale_of(fit.weight, 1.0, 3), torch.tensor([0, 3, 5])
     whole = fit.quantize(torch.arange(6), scale, 3)
     assert torch.allclose(fit.quantize(some, scale[some], 3), whole[some], atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_scales_fit_the_weights_that_the_refit_left(groups, bits):
+    """Of few bits, which hang on them: less squared error in outputs of uncorrelated inputs."""
+    patch = torch.randn(400, groups, 30 // groups) * torch.linspace(3, 0.3, 30 // groups)
+    fit = refit(patch, torch.randn(400, 8), torch.randn(8, 30 // groups))
+    every, clip = torch.arange(8), torch.full((8,), 0.9)
+    first, ours = scale_of(fit.weight, clip, bits), fit.scale(every, clip, bits)
+
+    def lost(scale: torch.Tensor) -> torch.Tensor:
+        left = (fake_quantize(fit.weight, scale, bits) - fit.weight).view(groups, 8 // groups, -1)
+        return (left.square() * fit.energy_GD[:, None]).sum(2).flatten()
+
+    assert bool((lost(ours) <= lost(first) * (1 + 1e-5)).all())
+    if bits <= 2:
+        assert float(lost(ours).sum()) < 0.8 * float(lost(first).sum())
+    some = torch.tensor([1, 6])
+    if groups == 1:
+        assert torch.equal(fit.scale(some, clip[some], bits), ours[some])
