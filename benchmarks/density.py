@@ -302,7 +302,7 @@ def summarise(options: argparse.Namespace) -> None:
         sd = f" ± {value['sd']:.2f}" if value["sd"] is not None else ""
         print(f"{name:40}{value['value']:9.2f}{sd}  {value['unit']}  (n = {value['n']})")
     if everything:
-        print(results.write("density", figures, everything), flush=True)
+        print(results.write("density", figures, everything, keep=True), flush=True)
 
 
 def main() -> None:

@@ -82,8 +82,32 @@ def commit() -> str:
     return _git("rev-parse", "HEAD") + (" and changes" if changed else "")
 
 
-def write(name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes a result file and returns its path."""
+#: What a row is about, beside its seed.
+ABOUT = ("network", "method", "searcher", "budget", "score", "target")
+
+
+def _about(row: Mapping[str, Any]) -> str:
+    return json.dumps([row.get(key) for key in ABOUT])
+
+
+def write(
+    name: str,
+    figures: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    keep: bool = False,
+) -> Path:
+    """Writes a result file and returns its path. `keep`: what the file has of networks, methods and
+    budgets that were not measured this time stays, with the `commit` that measured it."""
+    path = FOLDER / f"{name}.json"
+    stayed: list[dict[str, Any]] = []
+    if keep and path.exists():
+        old = json.loads(path.read_text())
+        mark = {"commit": old["commit"]}
+        others = {n: {**mark, **f} for n, f in old["figures"].items() if n not in figures}
+        figures = {**figures, **others}
+        again = {_about(row) for row in rows}
+        stayed = [{**mark, **row} for row in old["rows"] if _about(row) not in again]
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     words = ["uv", "run", "python", "-m", module, *sys.argv[1:]]
     content = {
@@ -95,9 +119,8 @@ def write(name: str, figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any
             **{package: version(package) for package in ("torch", "ray", "mlflow")},
         },
         "figures": dict(figures),
-        "rows": list(rows),
+        "rows": [*rows, *stayed],
     }
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.json"
     save_json(path, content)
     return path

@@ -250,7 +250,7 @@ def summarise(budget: int, sensitivity: str) -> None:
         sd = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
         print(f"{name:36}{value['value']:8.3f}{sd}  {value['unit']}  (n = {value['n']})")
     if everything:
-        print(results.write("searchers", figures, everything), flush=True)
+        print(results.write("searchers", figures, everything, keep=True), flush=True)
 
 
 def main() -> None:
