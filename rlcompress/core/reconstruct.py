@@ -7,7 +7,8 @@ Refit: ridge regression towards the wanted pre-activations, pulled to the weight
 
 (its data-driven form for pruned channels is He et al., 2017, "Channel Pruning", eq. 4; pulling
 towards W0 instead of zero keeps directions that the sample does not see as they were). The last
-quarter of the positions is held out to choose r, and W0 stays if no r does better there.
+quarter of the positions is held out to choose r, and W0 stays if no r does better there. What puts
+out the logits goes on from there (`logits`).
 
 Rounding: inputs are quantized block by block, those with most energy first, and what a block's
 rounding changes in the output is made up for by the blocks behind it (Frantar et al., 2023,

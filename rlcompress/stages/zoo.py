@@ -39,7 +39,7 @@ REACH = 0.8
 STREAM, DEVIATIONS, RUNGS = 7, (0.0, 0.5, 1.0, 1.5), 32
 #: As `workspace.MEASUREMENTS`, of samples: another prior draws others, but what a schedule
 #: measures is the same.
-SAMPLES = "3"
+SAMPLES = "4"
 
 
 def members(run: Workspace) -> dict[str, Workspace]:
