@@ -271,6 +271,8 @@ def summarise(options: argparse.Namespace) -> None:
         }
         for method in dict.fromkeys(method for method, _ in by):
             mine = [by[method, seed] for seed in seeds if (method, seed) in by]
+            if not mine:
+                continue  # the searcher has not come as far
             name = method.replace("-", "_").replace(" ", "_")
             figures[f"ratio_{name}_{network}"] = results.figure(
                 [r["dense_bytes"] / r["bytes"] for r in mine], "times smaller"
