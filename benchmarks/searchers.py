@@ -225,6 +225,8 @@ def summarise(budget: int, sensitivity: str) -> None:
     kinds = itertools.product(EXPERIMENTS.items(), SCORES, (False, True))
     for (network, experiment), score, wide in kinds:
         paths = sorted(Path("runs").glob(f"searchers-{network}-*.jsonl"))
+        if not paths:
+            continue  # no reason to train it
         run = workspace(experiment, *[WIDE] * wide)
         key, target = key_of(run, sensitivity, score), run.experiment.search.target
         if (network, key) in keys:
