@@ -316,7 +316,7 @@ def summarise(device: str, path: Path, key: str) -> None:
         sd = f" ± {value['sd']:.2f}" if value["sd"] is not None else ""
         print(f"{name:32}{value['value']:8.2f}{sd}  {value['unit']}  (n = {value['n']})")
     name = "evaluator" if device == "cpu" else f"evaluator_{device.replace(':', '')}"
-    print(results.write(name, figures, list(newest.values())), flush=True)
+    print(results.write(name, figures, list(newest.values()), keep=True), flush=True)
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def commit() -> str:
 
 
 #: What a row is about, beside its seed.
-ABOUT = ("network", "method", "searcher", "budget", "score", "target")
+ABOUT = ("network", "method", "searcher", "budget", "score", "target", "part", "recovery", "keep")
 
 
 def _about(row: Mapping[str, Any]) -> str:
