@@ -26,11 +26,11 @@ from rlcompress.core.trace import TraceError, trace
 
 Values = dict[fx.Node, Any]
 _SUMS = (operator.add, operator.iadd, torch.add)
-#: Of a batch norm, per unit of its input.
-LEAST_GAIN = 1e-3
 #: Of the cache, for one prefix. The wide ones of the first layers would drive out many narrow ones,
 #: each of which saves all that comes before it.
 LARGEST_SHARE = 1 / 8
+#: Of a batch norm, per unit of its input.
+LEAST_GAIN = 1e-3
 
 
 @dataclass(frozen=True)

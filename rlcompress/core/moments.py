@@ -65,7 +65,7 @@ class Sums:
     def change(self, w_GDo: torch.Tensor, ridge_G: torch.Tensor) -> torch.Tensor | None:
         """What ridge regression pulled to `w_GDo` adds to it, (G, D, o); ridges as shares of the
         mean diagonal of X'X. None if that is not finite."""
-        energy_G = self.gram_GDD.diagonal(dim1=1, dim2=2).mean(1)
+        energy_G = self.energies().mean(1)
         return _solved(self.gram_GDD, self.left(w_GDo), ridge_G * energy_G)
 
 

@@ -142,14 +142,14 @@ def refit(
     fit = refit_sample(sample, weight, ridges)
     if not logits or not centred or not bool((fit.ridge_G > 0).all()):
         return fit
-    found = refit_logits(sample, targets_PO, _grouped(fit.weight, fit), float(fit.ridge_G))
+    found = refit_logits(sample, targets_PO, grouped(fit.weight, 1), float(fit.ridge_G))
     return fit if found is None else replace(fit, weight=_flat(found[0], weight), mean_O=found[1])
 
 
 def refit_sample(sample: Sample, weight: torch.Tensor, ridges: Sequence[float] = RIDGES) -> Fit:
     """`refit` of a sample that may be part of another."""
     groups = len(sample.mean_GD)
-    w_GDo = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
+    w_GDo = grouped(weight, groups)
     known, held, whole = sample.known, sample.held, sample.whole
     # Every output counts alike, whatever its scale.
     spread_Go = whole.error(torch.zeros_like(w_GDo)) / sample.positions
@@ -189,9 +189,8 @@ def unfitted(sample: Sample, weight: torch.Tensor) -> Fit:
     return refit_sample(sample, weight, ())
 
 
-def _grouped(weight: torch.Tensor, fit: Fit) -> torch.Tensor:
-    """w_GDo"""
-    groups = len(fit.mean_GD)
+def grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """w_GDo of a layer's weight."""
     return weight.reshape(groups, len(weight) // groups, -1).transpose(1, 2)
 
 

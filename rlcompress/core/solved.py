@@ -30,7 +30,7 @@ from rlcompress.core.graph import Network, kept_mask
 from rlcompress.core.moments import Sample
 from rlcompress.core.positions import enough_positions, patches, sample_positions
 from rlcompress.core.reading import all_gradients
-from rlcompress.core.reconstruct import refit_sample, unfitted
+from rlcompress.core.reconstruct import grouped, refit_sample, unfitted
 
 #: Bytes of weight changes held at a time; what is beyond takes another pass.
 MOST_BYTES = 256 * 2**20
@@ -172,12 +172,7 @@ class _Solver:
         self.sample = Sample.of(patch_PGD, output_PO)
         self.sums = self.sample.whole
         self.whole = unfitted(self.sample, self.weight)
-        self.energy_Go = self.sums.energy(self._grouped(self.weight))
-
-    def _grouped(self, weight: torch.Tensor) -> torch.Tensor:
-        """w_GDo"""
-        groups = len(self.sample.mean_GD)
-        return weight.reshape(groups, len(weight) // groups, -1).transpose(1, 2)
+        self.energy_Go = self.sums.energy(grouped(self.weight, len(self.sample.mean_GD)))
 
     def change(self, choice: _Choice) -> torch.Tensor:
         made = (
@@ -186,7 +181,7 @@ class _Solver:
             else self._refitted(choice.group, choice.index)
         )
         if self.layer.batch_norm:
-            now_Go = self.sums.energy(self._grouped(made)).clamp_min(1e-24)
+            now_Go = self.sums.energy(grouped(made, len(self.sample.mean_GD))).clamp_min(1e-24)
             scale_O = (self.energy_Go / now_Go).sqrt().clamp(1 / MOST_SCALE, MOST_SCALE).flatten()
             made = made * scale_O.view(-1, *[1] * (made.dim() - 1))
         return made - self.weight
