@@ -22,7 +22,9 @@ with its name. `--wide`: from 16 to 120 times, where small networks' ties end; f
 `ppo100_minus_best100_NETWORK`: relative difference of the checked volume, paired by seed, between
 ppo and whichever other searcher has the best mean; the same for other numbers of evaluations.
 
-Every evaluation is a line of runs/searchers-NETWORK-SEED.jsonl as soon as it is measured.
+Every evaluation is a line of runs/searchers-NETWORK-SEED.jsonl as soon as it is measured. What one
+search of a seed has measured, probes above all, is not measured again for another that asks for it:
+it counts as its evaluation all the same.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record, Schedule
 from rlcompress.core.ticket import Task, fitted_network
 from rlcompress.core.train import top1
-from rlcompress.searchers import Settings, find, in_process
+from rlcompress.searchers import Measure, Settings, find
 from rlcompress.stages.policies import agent_of
 from rlcompress.stages.workspace import Workspace
 
@@ -65,6 +67,8 @@ CHECK_FIT_IMAGES = 1024
 #: Added to the seed that draws the images of the fresh fit.
 CHECK_SEED = 10_000
 SCORES = ("kl", "unexplained")
+#: Searchers whose first evaluations are the probes of `--sensitivity`.
+PROBING = ("knapsack", "local", "ppo")
 WIDE = "search.target=[16, 120]"
 
 
@@ -92,6 +96,7 @@ def records_of(
     problem: Problem,
     settings: Settings,
     history: Sequence[Record],
+    measure: Measure,
     runners: int,
     folder: Path,
 ) -> Iterator[Record]:
@@ -114,13 +119,49 @@ def records_of(
     if base in ("transfer", "played", "quick"):
         from rlcompress.rl import transfer
 
-        measure = in_process(problem)
         return transfer.search(problem, settings, history, measure, ppo=spec, agent=agent)
     if base == "ppo":
         from rlcompress.rl import ppo
 
         return ppo.search(known, problem, settings, history, ppo=spec, folder=folder, begin=agent)
-    return find(name)(problem, settings, history, in_process(problem))
+    return find(name)(problem, settings, history, measure)
+
+
+def beginning(rows: Sequence[dict[str, Any]], key: str, name: str, budget: int) -> list[Record]:
+    """What a search has measured so far, or begins with: what the same one has measured with
+    another budget, if that changes nothing in it; the probes that another has measured."""
+    same = [row for row in rows if row["key"] == key and row["kind"] == "record"]
+    if own := own_records(same, name, budget):
+        return own
+    if name == "untrained":
+        budgets = {row["budget"] for row in same}
+        return max((own_records(same, name, b) for b in budgets), key=len, default=[])[:budget]
+    if name not in PROBING:
+        return []
+    kind = key.split()[3]
+    probes: list[Record] = []
+    searches = {
+        (row["key"], row["searcher"], row["budget"])
+        for row in rows
+        if row["kind"] == "record" and row["key"].split()[3] == kind
+    }
+    for other, searcher, number in searches:
+        if searcher in PROBING:
+            its = [row for row in rows if row["key"] == other]
+            asked = [r for r in own_records(its, searcher, number) if r.target is None]
+            probes = max(probes, asked, key=len)
+    return [replace(record, searcher=name) for record in probes[: budget // 2]]
+
+
+def remembering(problem: Problem, rows: Sequence[dict[str, Any]]) -> Measure:
+    """Measures what is not in `rows`."""
+    records = (
+        Record.from_json(json.dumps(row["record"])) for row in rows if row["kind"] == "record"
+    )
+    known = {record.schedule: record.measurement for record in records}
+    return lambda schedules: (
+        known.get(schedule) or problem.evaluator.evaluate(schedule) for schedule in schedules
+    )
 
 
 @dataclass
@@ -191,11 +232,25 @@ def measure(
         about = {"key": key, "searcher": name, "budget": budget}
         begun = time.monotonic()
         if not done(name):
-            history = own_records(mine(), name, budget)
+            # One evaluator measures all sizes and scores.
+            about_it = key.split()[:2]
+            known_rows = [row for row in rows.rows if row["key"].split()[:2] == about_it]
+            history = beginning(known_rows, key, name, budget)
+            for record in history[len(own_records(mine(), name, budget)) :]:
+                found = {"seconds": 0.0, "record": json.loads(record.to_json())}
+                rows.append({"kind": "record", **about, **found})
             settings = Settings(budget, target, seed, sensitivity)
             known, problem = problems.known, problems.problem
             searched = records_of(
-                name, run, known, problem, settings, history, runners, folder / f"{name}-{budget}"
+                name,
+                run,
+                known,
+                problem,
+                settings,
+                history,
+                remembering(problem, known_rows),
+                runners,
+                folder / f"{name}-{budget}",
             )
             for record in searched:
                 seconds = time.monotonic() - begun
