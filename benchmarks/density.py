@@ -68,8 +68,8 @@ CHECK_SEED = 10_000
 #: Points below the floor, on the search's own images, from where a schedule is not tried; and if
 #: it is to be trained.
 MARGIN, TRAINED_MARGIN = 2.0, 10.0
-#: Of the sizes that are searched: beyond what any of them reaches.
-LARGEST = {"vgg19": 160.0, "mobilenetv2": 120.0, "resnet18": 120.0}
+#: Sizes that are searched: from below what the uniform rule reaches to beyond what any does.
+SIZES = {"vgg19": (16.0, 160.0), "mobilenetv2": (8.0, 120.0), "resnet18": (16.0, 120.0)}
 #: Of training.
 RATE = 0.02
 KEEPS = (0.75, 0.5, 0.3, 0.15)
@@ -227,7 +227,6 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
     )
     assert known.labels_N is not None
     fresh = replace(few, labels_N=known.labels_N[:16], precision="float32").problem()
-    target = (run.experiment.search.target[0], LARGEST[network])
     dense = {"dense_bytes": problem.dense.bytes, "dense_test": top1(model, run.data.test)}
     for method in methods:
         if method in RIVALS:
@@ -238,8 +237,9 @@ def measure(network: str, seed: int, options: argparse.Namespace) -> None:
             rows.append({**about, "network": network, "method": method, **dense, **best})
             print(f"{network} seed {seed} {method}: {best}", flush=True)
         else:
-            low = target[0] / 2 if method == "uniform" else target[0]
-            settings = Settings(options.evaluations, (low, target[1]), seed, options.sensitivity)
+            low, high = SIZES[network]
+            low = low / 2 if method == "uniform" else low
+            settings = Settings(options.evaluations, (low, high), seed, options.sensitivity)
             records = searched(problem, method, settings)
             small = [r for r in records if problem.dense.bytes / r.measurement.bytes >= low]
             for name, taught, floor in rows_of(method, lesson):

@@ -16,8 +16,7 @@ volume    hypervolume of (log size ratio, accuracy) above the low end of the tar
 ratio     dense bytes / least bytes within 1 point of dense, `checked`
 
 `--score`: what the searches go by, and whose front is checked. Figures of another than `kl` end
-with its name. `--wide`: from 16 to 120 times, where small networks' ties end; figures end with
-`wide`.
+with its name.
 
 `ppo100_minus_best100_NETWORK`: relative difference of the checked volume, paired by seed, between
 ppo and whichever other searcher has the best mean; the same for other numbers of evaluations.
@@ -69,7 +68,6 @@ CHECK_SEED = 10_000
 SCORES = ("kl", "unexplained")
 #: Searchers whose first evaluations are the probes of `--sensitivity`.
 PROBING = ("knapsack", "local", "ppo")
-WIDE = "search.target=[16, 120]"
 
 
 def path_of(network: str, seed: int) -> Path:
@@ -203,11 +201,9 @@ def measure(
     runners: int,
     folder: Path,
     score: str = "kl",
-    *,
-    wide: bool = False,
 ) -> None:
     """Searches and checks what is missing of one seed."""
-    run = workspace(EXPERIMENTS[network], *[WIDE] * wide)
+    run = workspace(EXPERIMENTS[network])
     torch.set_num_threads(1)
     key, target = key_of(run, sensitivity, score), run.experiment.search.target
     rows = results.Rows(path_of(network, seed))
@@ -276,23 +272,18 @@ def summarise(budget: int, sensitivity: str) -> None:
     """Prints the tables and writes the result file, of all that is measured so far."""
     figures: dict[str, Any] = {}
     everything: list[dict[str, Any]] = []
-    keys: set[tuple[str, str]] = set()
-    kinds = itertools.product(EXPERIMENTS.items(), SCORES, (False, True))
-    for (network, experiment), score, wide in kinds:
+    for (network, experiment), score in itertools.product(EXPERIMENTS.items(), SCORES):
         paths = sorted(Path("runs").glob(f"searchers-{network}-*.jsonl"))
         if not paths:
             continue  # no reason to train it
-        run = workspace(experiment, *[WIDE] * wide)
+        run = workspace(experiment)
         key, target = key_of(run, sensitivity, score), run.experiment.search.target
-        if (network, key) in keys:
-            continue  # it is as wide by itself
-        keys.add((network, key))
         rows: list[dict[str, Any]] = []
         for path in paths:
             mine = [row for row in read_lines(path) if row["key"] == key]
             if any(row["kind"] == "done" for row in mine):
                 seed = int(path.stem.rpartition("-")[2])
-                if score == "kl" and path == paths[0] and not wide:
+                if score == "kl" and path == paths[0]:
                     picture(network, run, seed, budget, mine)
                 about = {"network": network, "seed": seed}
                 about |= {"score": score, "target": target}
@@ -300,7 +291,7 @@ def summarise(budget: int, sensitivity: str) -> None:
         if not rows:
             continue
         everything += rows
-        end = ("" if score == "kl" else f"_{score}") + "_wide" * wide
+        end = "" if score == "kl" else f"_{score}"
         print(f"\nscore: {score}, {target[0]:g} to {target[1]:g} times", end="")
         figures |= {f"{k}{end}": v for k, v in figures_of(network, rows).items()}
     for name, value in figures.items():
@@ -324,7 +315,6 @@ def main() -> None:
         help="of knapsack, local and ppo; their probes are among their evaluations",
     )
     parser.add_argument("--score", default="kl", choices=SCORES)
-    parser.add_argument("--wide", action="store_true", help="sizes from 16 to 120 times")
     parser.add_argument("--env-runners", type=int, default=0, help="of ppo; 0 = in this process")
     parser.add_argument("--summary", action="store_true", help="of what is measured; no more")
     options = parser.parse_args()
@@ -337,9 +327,8 @@ def main() -> None:
             budget, kind = options.evaluations, options.sensitivity
             if options.score != "kl":
                 folder = folder.with_name(f"{folder.name}-{options.score}")
-            runners, score, wide = options.env_runners, options.score, options.wide
-            folder = folder.with_name(folder.name + "-wide" * wide)
-            measure(network, int(seed), names, budget, kind, runners, folder, score, wide=wide)
+            runners, score = options.env_runners, options.score
+            measure(network, int(seed), names, budget, kind, runners, folder, score)
         summarise(options.evaluations, options.sensitivity)
     if options.summary:
         summarise(options.evaluations, options.sensitivity)
