@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -125,11 +126,14 @@ def records_of(
     return find(name)(problem, settings, history, measure)
 
 
-def beginning(rows: Sequence[dict[str, Any]], key: str, name: str, budget: int) -> list[Record]:
-    """What a search has measured so far, or begins with: what the same one has measured with
-    another budget, if that changes nothing in it; the probes that another has measured."""
+def beginning(
+    rows: Sequence[dict[str, Any]], key: str, name: str, budget: int, after: int
+) -> list[Record]:
+    """What a search has measured so far, or begins with: what the same one has measured with the
+    budget `after` that it goes on from, or with another that changes nothing in it; the probes
+    that another has measured."""
     same = [row for row in rows if row["key"] == key and row["kind"] == "record"]
-    if own := own_records(same, name, budget):
+    if own := own_records(same, name, budget) or own_records(same, name, after):
         return own
     if name == "untrained":
         budgets = {row["budget"] for row in same}
@@ -201,6 +205,7 @@ def measure(
     runners: int,
     folder: Path,
     score: str = "kl",
+    after: int = 0,
 ) -> None:
     """Searches and checks what is missing of one seed."""
     run = workspace(EXPERIMENTS[network])
@@ -231,7 +236,10 @@ def measure(
             # One evaluator measures all sizes and scores.
             about_it = key.split()[:2]
             known_rows = [row for row in rows.rows if row["key"].split()[:2] == about_it]
-            history = beginning(known_rows, key, name, budget)
+            history = beginning(known_rows, key, name, budget, after)
+            policy, earlier = folder / f"{name}-{budget}", folder / f"{name}-{after}"
+            if earlier.exists() and not policy.exists():
+                shutil.copytree(earlier, policy)
             for record in history[len(own_records(mine(), name, budget)) :]:
                 found = {"seconds": 0.0, "record": json.loads(record.to_json())}
                 rows.append({"kind": "record", **about, **found})
@@ -246,7 +254,7 @@ def measure(
                 history,
                 remembering(problem, known_rows),
                 runners,
-                folder / f"{name}-{budget}",
+                policy,
             )
             for record in searched:
                 seconds = time.monotonic() - begun
@@ -307,6 +315,9 @@ def main() -> None:
     parser.add_argument("--networks", default="vgg19,mobilenetv2")
     parser.add_argument("--searchers", default=",".join(SEARCHED))
     parser.add_argument("--evaluations", type=int, default=100)
+    parser.add_argument(
+        "--after", type=int, default=0, help="go on from the same search with this many"
+    )
     parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument(
         "--sensitivity",
@@ -327,8 +338,8 @@ def main() -> None:
             budget, kind = options.evaluations, options.sensitivity
             if options.score != "kl":
                 folder = folder.with_name(f"{folder.name}-{options.score}")
-            runners, score = options.env_runners, options.score
-            measure(network, int(seed), names, budget, kind, runners, folder, score)
+            runners, score, after = options.env_runners, options.score, options.after
+            measure(network, int(seed), names, budget, kind, runners, folder, score, after)
         summarise(options.evaluations, options.sensitivity)
     if options.summary:
         summarise(options.evaluations, options.sensitivity)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.quant import max_code
+from rlcompress.core.quant import ODD_BITS, max_code
 
 LEVELS = 256
 #: Normal float32s.
@@ -25,7 +25,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> bytes:
     """Codes (any shape) as a bit string, least significant bit first, padded to a byte."""
     unsigned = codes.ravel().astype(np.int32)
     top = max_code(bits)
-    unsigned = (unsigned + top) // 2 if bits <= 3 else unsigned + top
+    unsigned = (unsigned + top) // 2 if bits in ODD_BITS else unsigned + top
     rows = (unsigned[:, None] >> np.arange(bits)) & 1
     return np.packbits(rows.astype(np.uint8).ravel(), bitorder="little").tobytes()
 
@@ -35,7 +35,7 @@ def unpack_codes(data: bytes, count: int, bits: int) -> np.ndarray:
     flat = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
     unsigned = flat.reshape(count, bits).astype(np.int32) @ (1 << np.arange(bits, dtype=np.int32))
     top = max_code(bits)
-    return 2 * unsigned - top if bits <= 3 else unsigned - top
+    return 2 * unsigned - top if bits in ODD_BITS else unsigned - top
 
 
 def _finite(values: np.ndarray | torch.Tensor, name: str) -> np.ndarray:

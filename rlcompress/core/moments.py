@@ -46,7 +46,7 @@ class Sums:
 
     def error(self, w_GDo: torch.Tensor) -> torch.Tensor:
         """(G, o) squared error of X W."""
-        explained_Go = (w_GDo * (2 * self.cross_GDo - self.gram_GDD @ w_GDo)).sum(1)
+        explained_Go = (w_GDo * (self.cross_GDo + self.left(w_GDo))).sum(1)
         # A difference of what may be nearly equal.
         return (self.square_Go - explained_Go).clamp_min(0.0)
 
