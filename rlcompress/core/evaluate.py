@@ -30,7 +30,6 @@ from rlcompress.core.cost import CostModel
 from rlcompress.core.fitted import network_of
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.inputs import (
-    PRECISIONS,
     class_problems,
     estimate_problems,
     image_problems,
@@ -39,12 +38,18 @@ from rlcompress.core.inputs import (
     require,
 )
 from rlcompress.core.measure import compare
-from rlcompress.core.positions import Positions, enough_positions, patches, sample_positions
+from rlcompress.core.positions import (
+    Positions,
+    enough_positions,
+    patches,
+    sample_positions,
+    spread_rows,
+)
 from rlcompress.core.prefix import FittedLayer, Prefix, Step
-from rlcompress.core.process import multiplies_bfloat16
+from rlcompress.core.process import pick_dtype
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import attach_fake_quant, fake_quantize, scale_of, unexplained
-from rlcompress.core.reconstruct import RIDGES, Fit, refit
+from rlcompress.core.reconstruct import RIDGES, Fit, free_means, refit
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, parse_recovery
 from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.trace import TraceError
@@ -52,16 +57,6 @@ from rlcompress.core.train import distill
 
 #: Rows that batch statistics are taken from: they are then known to 1 % of a deviation.
 STATISTICS_ROWS = 16384
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where `multiplies_bfloat16`. Raises ValueError on what is not one of
-    `PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
-    return getattr(torch, precision)
 
 
 class Evaluator(ABC):
@@ -107,6 +102,7 @@ class Evaluator(ABC):
         self._model, self._seed = model, seed
         self._dense = dict(model.named_modules())
         self._weights = {n: w for n, w in layer_weights(model).items() if n in network.layers}
+        self._free_means = free_means(model, network)
         self._order = {
             name: np.argsort(-estimates.importance[name], kind="stable") for name in network.groups
         }
@@ -129,7 +125,14 @@ class Evaluator(ABC):
         Shares the tensors; prefixes of one are not for the other."""
         other = copy.copy(self)
         other.recovery, other.steps = parse_recovery(recovery)
+        other._empty()
+        other._choose_ridges()
+        other._empty()
         return other
+
+    def _empty(self) -> None:
+        """Caches of its own, as large as they were."""
+        self._fits = ByteCache(self._fits.max_bytes)
 
     # --- the pass ----------------------------------------------------------------------------
 
@@ -276,8 +279,7 @@ class Evaluator(ABC):
                     target_PO,
                     weight,
                     ridges,
-                    # Where nothing behind the layer takes up the mean, the weights have to.
-                    centred=bool(layer.has_bias or layer.batch_norm or self.network.norms),
+                    centred=layer.name in self._free_means,
                     logits=layer.name == self._last,
                 )
                 if self._choosing is not None:
@@ -322,9 +324,7 @@ class Evaluator(ABC):
             assert norm.running_mean is not None
             assert norm.running_var is not None
             return norm.running_mean[kept], norm.running_var[kept]
-        rows = y[:lead].movedim(1, -1).flatten(0, -2)
-        # An odd stride, so that every column of an image takes its turn.
-        rows = rows[:: len(rows) // STATISTICS_ROWS | 1].float()
+        rows = spread_rows(y[:lead], STATISTICS_ROWS).float()
         # Plain means over rows: several times faster than var_mean in channels_last.
         mean = rows.mean(0)
         return mean, (rows - mean).square_().mean(0)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class CutNetwork:
-    """A cut network with float weights, and the scale_O (O,) > 0 of each quantized layer: what a
-    step of its integer codes is worth, in units of the weights."""
+    """A cut network with float weights, and the scale_O (O,) of each quantized layer: what a
+    step of its integer codes is worth, in units of the weights; 0 of a channel that is."""
 
     model: nn.Module
     scales: dict[str, torch.Tensor]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.graph import Layer, Network, kept_mask
 from rlcompress.core.prefix import Prefix, Step, touched
-from rlcompress.core.reading import NORMS
+from rlcompress.core.reading import NORMS, estimated
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 from rlcompress.core.trace import TraceError, trace
 
@@ -39,11 +39,6 @@ class _Segment:
 
     nodes: tuple[fx.Node, ...]
     needed: frozenset[fx.Node]
-
-
-def _estimated(module: nn.Module) -> bool:
-    """Whether it is a batch norm with statistics of its own."""
-    return isinstance(module, NORMS) and module.running_mean is not None
 
 
 def _norms_behind_their_layers(traced: fx.GraphModule, network: Network) -> None:
@@ -101,18 +96,9 @@ class IncrementalEvaluator(Evaluator):
         self._choose_ridges()
         self._empty()
 
-    def with_recovery(self, recovery: str) -> Self:
-        """With a cache of its own, as large as this one's."""
-        other = super().with_recovery(recovery)
-        other._empty()
-        other._choose_ridges()
-        other._empty()
-        return other
-
     def _empty(self) -> None:
-        """Caches of its own, as large as they were."""
+        super()._empty()
         self.cache = ByteCache(self.cache.max_bytes, LARGEST_SHARE)
-        self._fits = ByteCache(self._fits.max_bytes)
 
     # --- structure -------------------------------------------------------------------------
 
@@ -188,7 +174,7 @@ class IncrementalEvaluator(Evaluator):
                 kwargs = fx.node.map_arg(node.kwargs, value)
                 if node.op == "call_module":
                     module = self._modules[target]
-                    if norm is not None and _estimated(module):
+                    if norm is not None and estimated(module):
                         values[node] = norm(target, args[0])
                     else:
                         values[node] = module(*args, **kwargs)

@@ -11,12 +11,11 @@ from torch import nn
 
 from rlcompress.core.errors import UserError, did_you_mean
 from rlcompress.core.graph import Network
+from rlcompress.core.process import PRECISIONS
 from rlcompress.core.schedule import MAX_BITS, MIN_BITS, RECOVERIES, parse_recovery
 
 if TYPE_CHECKING:
     from rlcompress.core.sensitivity import Estimates
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @contextmanager
@@ -83,8 +82,11 @@ def label_problems(labels: torch.Tensor | None, count: int) -> list[str]:
 
 @torch.inference_mode()
 def class_problems(labels: torch.Tensor | None, model: nn.Module, image: torch.Tensor) -> list[str]:
-    """Labels beyond the classes that the network tells apart. `image`: one that it takes."""
+    """A network that does not tell two classes apart, labels beyond its classes. `image`: one that
+    it takes."""
     classes = model(image).shape[1]
+    if classes < 2:
+        return [f"the network answers with {classes} logit; allowed: 2 or more, one a class"]
     if labels is None or int(labels.max()) < classes:
         return []
     return [f"labels: {int(labels.max())} among them; allowed: 0 to {classes - 1}"]

@@ -27,7 +27,8 @@ def refit_logits(
     sample: Sample, logits_PO: torch.Tensor, w_GDo: torch.Tensor, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """w_GDo and the outputs (O,) at the inputs' means, from the regression's `w_GDo` on, of a layer
-    of one group; None where inputs outnumber positions. `ridge` is the regression's."""
+    of one group; None where inputs outnumber the
+    positions not held out. `ridge` is the regression's."""
     if not isinstance(sample.whole, Sums):
         return None
     gram_DD = sample.whole.gram_GDD[0] / sample.positions

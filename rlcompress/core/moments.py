@@ -62,9 +62,9 @@ class Sums:
         """X'(Y - X W), (G, D, o)."""
         return self.cross_GDo - self.gram_GDD @ w_GDo
 
-    def change(self, w_GDo: torch.Tensor, ridge_G: torch.Tensor) -> torch.Tensor | None:
+    def change(self, w_GDo: torch.Tensor, ridge_G: torch.Tensor) -> torch.Tensor:
         """What ridge regression pulled to `w_GDo` adds to it, (G, D, o); ridges as shares of the
-        mean diagonal of X'X. None if that is not finite."""
+        mean diagonal of X'X. Not finite in a group whose system is singular."""
         energy_G = self.energies().mean(1)
         return _solved(self.gram_GDD, self.left(w_GDo), ridge_G * energy_G)
 
@@ -97,12 +97,11 @@ class Rows:
     def energies(self) -> torch.Tensor:
         return self.x_GPD.square().sum(1)
 
-    def change(self, w_GDo: torch.Tensor, ridge_G: torch.Tensor) -> torch.Tensor | None:
+    def change(self, w_GDo: torch.Tensor, ridge_G: torch.Tensor) -> torch.Tensor:
         x_GDP = self.x_GPD.transpose(1, 2)
         energy_G = self.x_GPD.square().sum((1, 2)) / self.x_GPD.shape[2]
         left_GPo = self.y_GPo - self.x_GPD @ w_GDo
-        found = _solved(gram(x_GDP), left_GPo, ridge_G * energy_G)
-        return None if found is None else x_GDP @ found
+        return x_GDP @ _solved(gram(x_GDP), left_GPo, ridge_G * energy_G)
 
 
 @dataclass(frozen=True)
@@ -208,17 +207,13 @@ def _block(gram_DD: torch.Tensor, at_D: torch.Tensor) -> torch.Tensor:
     return gram_DD.index_select(0, at_D).index_select(1, at_D)
 
 
-def _solved(
-    gram_Gnn: torch.Tensor, right_Gno: torch.Tensor, ridge_G: torch.Tensor
-) -> torch.Tensor | None:
-    """(gram + ridge)^-1 right; None if that is not finite."""
+def _solved(gram_Gnn: torch.Tensor, right_Gno: torch.Tensor, ridge_G: torch.Tensor) -> torch.Tensor:
+    """(gram + ridge)^-1 right; not finite in a group that is singular."""
     ridged_Gnn = gram_Gnn.clone()
     ridged_Gnn.diagonal(dim1=1, dim2=2).add_((ridge_G + 1e-8)[:, None])
     factor, info = torch.linalg.cholesky_ex(ridged_Gnn)
-    if bool(info.any()):
-        return None
-    found = torch.cholesky_solve(right_Gno, factor)
-    return found if bool(torch.isfinite(found).all()) else None
+    failed_G11 = (info > 0)[:, None, None]
+    return torch.cholesky_solve(right_Gno, factor).masked_fill(failed_G11, torch.nan)
 
 
 def gram(x_GPD: torch.Tensor) -> torch.Tensor:

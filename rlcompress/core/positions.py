@@ -6,6 +6,7 @@ O output channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -75,3 +76,13 @@ def patches(call: Call, at: Positions, groups: int) -> torch.Tensor:
     count, channels = patch_PhwC.shape[0], patch_PhwC.shape[-1]
     patch = patch_PhwC.reshape(count, kh * kw, groups, channels // groups)
     return patch.permute(0, 2, 3, 1).reshape(count, groups, -1)
+
+
+def spread_rows(y: torch.Tensor, count: int) -> torch.Tensor:
+    """About `count` of the rows (R, C) of `y` (N, C, ...), or all; every position of an image takes
+    its turn."""
+    rows = y.movedim(1, -1).flatten(0, -2)
+    stride = max(1, len(rows) // count)
+    while math.gcd(stride, len(rows) // len(y)) > 1:
+        stride += 1
+    return rows[::stride]

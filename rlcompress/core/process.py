@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+PRECISIONS = ("auto", "float32", "bfloat16")
 #: glibc's numbers (malloc.h), and values in bytes: blocks up to the first come from the heap
 #: instead of fresh pages, the heap grows by the second and keeps the third when it is freed.
 _MMAP_THRESHOLD, _TOP_PAD, _TRIM_THRESHOLD = (-3, 2**30), (-2, 2**26), (-1, 2**29)
@@ -35,3 +36,13 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return device.type == "cpu" and cpu
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where `multiplies_bfloat16`. Raises ValueError on what is not one of
+    `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}; allowed: {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    return getattr(torch, precision)

@@ -27,6 +27,8 @@ ODD_BITS = (1, 2, 3)
 #: Clip candidates: the largest representable magnitude as a share of the channel's largest.
 CLIP_GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 HISTOGRAM_BINS = 64
+#: Deviation, as a share of the values, up to which a channel is constant in float32.
+CONSTANT = 1e-6
 #: Bounds of the clip rules' work on very large layers.
 MOST_INPUTS, MOST_OUTPUTS = 8192, 256
 
@@ -102,11 +104,14 @@ def histogram_kl(reference_PO: torch.Tensor, other_PO: torch.Tensor) -> float:
 
 
 def unexplained(reference_PO: torch.Tensor, other_PO: torch.Tensor) -> torch.Tensor:
-    """Share (O,) of each channel's variance that a scale and a shift of `other` leave: 1 - r^2."""
+    """Share (O,) of each channel's variance that a scale and a shift of `other` leave: 1 - r^2.
+    All of it where `other` says nothing or is not finite, none where the reference has none."""
     a, b = reference_PO - reference_PO.mean(0), other_PO - other_PO.mean(0)
-    variance = a.square().sum(0) * b.square().sum(0)
-    r2 = (a * b).sum(0).square() / variance.clamp_min(1e-20)
-    return torch.where(variance > 1e-20, 1 - r2, torch.zeros_like(r2)).clamp(0, 1)
+    size_O = a.norm(dim=0)
+    r_O = (a * b).sum(0) / (size_O * b.norm(dim=0))
+    left_O = (1 - r_O.square()).nan_to_num(nan=1.0).clamp(0, 1)
+    # What rounding leaves of a constant is no variance.
+    return torch.where(size_O > CONSTANT * reference_PO.norm(dim=0), left_O, 0.0)
 
 
 def choose_clip(

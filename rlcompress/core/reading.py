@@ -22,6 +22,11 @@ from rlcompress.core.errors import UserError, first_line
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
+def estimated(module: nn.Module) -> bool:
+    """Whether it is a batch norm with statistics of its own."""
+    return isinstance(module, NORMS) and module.running_mean is not None
+
+
 def rest_of(
     model: nn.Module, layers: Collection[str], norms: Collection[str]
 ) -> dict[str, torch.Tensor]:
@@ -124,7 +129,7 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
     with ExitStack() as stack:
         stack.enter_context(all_gradients(model))
         for name, module in model.named_modules():
-            if isinstance(module, NORMS) and module.running_mean is not None:
+            if estimated(module):
                 handle = module.register_forward_pre_hook(on_norm(name))
                 stack.callback(handle.remove)
         stack.enter_context(LayerCalls(weights, on_layer))

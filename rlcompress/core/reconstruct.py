@@ -25,10 +25,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
+from rlcompress.core.graph import Network
 from rlcompress.core.logits import refit_logits
 from rlcompress.core.moments import Factor, Rows, Sample, Sums
 from rlcompress.core.quant import fake_quantize, round_codes, scale_of
+from rlcompress.core.reading import estimated
 
 #: Shares of the mean diagonal. Of nearly equal ones the first is as good as any.
 RIDGES = (1.0, 0.1, 0.01)
@@ -46,7 +49,7 @@ class Fit:
 
     weight     the layer's shape;  mean_GD  its inputs' means;  mean_O  what it should put out there
     energy_GD  its inputs' mean squares around their means
-    hessian    what rounding is weighed with; None where there are more inputs than positions
+    hessian    what rounding is weighed with; None where inputs outnumber the positions not held out
     ridge_G    the ridges chosen, 0 where the weights stayed
     """
 
@@ -58,7 +61,10 @@ class Fit:
     ridge_G: torch.Tensor
 
     def nbytes(self) -> int:
-        return self.weight.nbytes + (0 if self.hessian is None else self.hessian.lower_GDD.nbytes)
+        parts = [self.weight, self.mean_GD, self.mean_O, self.energy_GD, self.ridge_G]
+        if self.hessian is not None:
+            parts += [self.hessian.order_GD, self.hessian.lower_GDD]
+        return sum(part.nbytes for part in parts)
 
     def scale(self, out: torch.Tensor, clip_O: torch.Tensor, bits: int) -> torch.Tensor:
         """The scale_O of the `out` channels that rounds them with the least squared error in the
@@ -121,6 +127,23 @@ class Fit:
         return torch.empty_like(w_GoD).scatter_(2, at_GoD, codes_GoD).reshape(weight.shape)
 
 
+def free_means(model: nn.Module, network: Network) -> frozenset[str]:
+    """Layers whose output's mean is made up for by their bias, or by a batch norm that is estimated
+    anew: the only ones whose weights need not keep it."""
+    modules = dict(model.named_modules())
+    taken = {
+        link.group
+        for norm in network.norms
+        for link in norm.links
+        if norm.uses == 1 and estimated(modules[norm.name])
+    }
+    return frozenset(
+        layer.name
+        for layer in network.layers.values()
+        if layer.has_bias or layer.batch_norm or taken & {link.group for link in layer.outputs}
+    )
+
+
 def refit(
     patches_PGD: torch.Tensor,
     targets_PO: torch.Tensor,
@@ -135,8 +158,8 @@ def refit(
 
     A singular system (dead inputs, fewer positions than inputs) is made definite by the ridge;
     one that is still not, or not finite, leaves the weight as it was, as does one that does not
-    improve on it at the held-out positions. With more inputs than positions the same minimum is
-    found through X X', which is the smaller system.
+    improve on it at the held-out positions. With more inputs than positions that are not held out
+    the same minimum is found through X X'.
     """
     sample = Sample.of(patches_PGD, targets_PO, centred=centred)
     fit = refit_sample(sample, weight, ridges)
@@ -160,13 +183,12 @@ def refit_sample(sample: Sample, weight: torch.Tensor, ridges: Sequence[float] =
     ridge_G = torch.zeros_like(least_G)
     for ridge in ridges if held is not None else ridges[:1]:
         change_GDo = known.change(w_GDo, torch.full_like(ridge_G, ridge))
-        if change_GDo is not None:
-            error_G = least_G.new_zeros(groups)
-            if held is not None:
-                error_G = (held.error(w_GDo + change_GDo) * weight_Go).sum(1)
-            better_G = error_G < least_G
-            least_G = torch.where(better_G, error_G, least_G)
-            ridge_G = torch.where(better_G, ridge, ridge_G)
+        error_G = least_G.new_zeros(groups)
+        if held is not None:
+            error_G = (held.error(w_GDo + change_GDo) * weight_Go).sum(1)
+        better_G = error_G < least_G
+        least_G = torch.where(better_G, error_G, least_G)
+        ridge_G = torch.where(better_G, ridge, ridge_G)
     # Where the weights stay, rounding has no ridge to go by.
     factor = None
     if isinstance(whole, Sums):
@@ -177,8 +199,12 @@ def refit_sample(sample: Sample, weight: torch.Tensor, ridges: Sequence[float] =
             change_GDo = whole.change(w_GDo, torch.where(ridge_G > 0, ridge_G, ridges[0]))
         elif factor is not None:
             change_GDo = factor.solve(whole.left(w_GDo))
-    if change_GDo is not None and bool(torch.isfinite(change_GDo).all()):
-        w_GDo = w_GDo + change_GDo * (ridge_G > 0)[:, None, None]
+    if change_GDo is None:
+        ridge_G = torch.zeros_like(ridge_G)
+    else:
+        finite_G = torch.isfinite(change_GDo).flatten(1).all(1)
+        ridge_G = torch.where(finite_G, ridge_G, 0.0)
+        w_GDo = torch.where((ridge_G > 0)[:, None, None], w_GDo + change_GDo, w_GDo)
     energy_GD = whole.energies() / sample.positions
     fitted = _flat(w_GDo, weight)
     return Fit(fitted, sample.mean_GD, sample.mean_O, energy_GD, factor, ridge_G)

@@ -3,9 +3,9 @@
 As in `sensitivity`, KL ~ 1/2 E[<g, d>^2]. Here d is what remains in a layer's outputs behind the
 evaluator's own recovery (`reconstruct`): the reader of cut channels refitted to those that are
 kept, a quantized layer rounded with compensation; rows scaled back where a batch norm will be
-re-estimated, inputs centred because means are refitted as well. All of that is a change D of one
-layer's weight, and an image's <g, d> is <G, D>, G that weight's gradient for this image. So one
-backward pass tells of all choices.
+re-estimated, inputs centred where means are refitted as well (`free_means`). All of that is a
+change D of one layer's weight, and an image's <g, d> is <G, D>, G that weight's gradient for this
+image. So one backward pass tells of all choices.
 
 Layers are refitted on other images than the gradients are of. Readers further on would make up for
 some more; that is not seen.
@@ -30,7 +30,7 @@ from rlcompress.core.graph import Network, kept_mask
 from rlcompress.core.moments import Sample
 from rlcompress.core.positions import enough_positions, patches, sample_positions
 from rlcompress.core.reading import all_gradients
-from rlcompress.core.reconstruct import grouped, refit_sample, unfitted
+from rlcompress.core.reconstruct import free_means, grouped, refit_sample, unfitted
 
 #: Bytes of weight changes held at a time; what is beyond takes another pass.
 MOST_BYTES = 256 * 2**20
@@ -61,7 +61,7 @@ class _Choice:
 @dataclass(frozen=True)
 class _Changes:
     """(X, weights) what each choice makes of a layer's weight, minus the weight; and the (groups,
-    D) means of its inputs."""
+    D) means of its inputs, zeros where the layer has to keep its output's."""
 
     weights: torch.Tensor
     mean_GD: torch.Tensor
@@ -135,6 +135,7 @@ def _solve(
     seed: int,
 ) -> dict[str, _Changes]:
     modules, order = dict(model.named_modules()), list(network.layers)
+    free = free_means(model, network)
     found: dict[str, _Changes] = {}
 
     def handle(call: Call) -> torch.Tensor:
@@ -144,9 +145,10 @@ def _solve(
             generator = torch.Generator().manual_seed(seed + order.index(call.name))
             at = sample_positions(call, y.shape, len(y), count, generator)
             patch_PGD = patches(call, at, call.conv_groups).float()
-            solver = _Solver(network, choices, call, patch_PGD, at.outputs(y).float())
+            sample = Sample.of(patch_PGD, at.outputs(y).float(), centred=call.name in free)
+            solver = _Solver(network, choices, call, sample)
             changed = torch.stack([solver.change(choice).flatten() for choice in part[call.name]])
-            found[call.name] = _Changes(changed, patch_PGD.mean(0))
+            found[call.name] = _Changes(changed, sample.mean_GD)
         return y
 
     weights = {name: modules[name].weight for name in part}
@@ -164,13 +166,11 @@ class _Solver:
         network: Network,
         choices: Choices,
         call: Call,
-        patch_PGD: torch.Tensor,
-        output_PO: torch.Tensor,
+        sample: Sample,
     ) -> None:
         self.layer, self.choices = network.layers[call.name], choices
         self.weight = call.weight.detach().float()
-        self.sample = Sample.of(patch_PGD, output_PO)
-        self.sums = self.sample.whole
+        self.sample, self.sums = sample, sample.whole
         self.whole = unfitted(self.sample, self.weight)
         self.energy_Go = self.sums.energy(grouped(self.weight, len(self.sample.mean_GD)))
 

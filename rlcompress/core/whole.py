@@ -19,7 +19,7 @@ from rlcompress.core.graph import kept_mask
 from rlcompress.core.prefix import FittedLayer, Prefix, Step
 from rlcompress.core.prune import cut
 from rlcompress.core.quant import fake_quantize
-from rlcompress.core.reading import NORMS
+from rlcompress.core.reading import NORMS, estimated
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 
 Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -95,8 +95,6 @@ class WholeEvaluator(Evaluator):
             if (done := steps.get(call.name)) is not None:
                 return self._again(call, done.fitted, choices[t][1])
             steps[call.name] = self._step(layer, call, kept, choices[t][1], t < first)
-            if t + 1 == len(choices) < len(self.layers):
-                raise _ReachedError
             return steps[call.name].y
 
         def estimate(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -119,8 +117,7 @@ class WholeEvaluator(Evaluator):
             stack.enter_context(torch.autocast(device, self.dtype, enabled=low))
             small = cut(self._model, self.network, kept)
             for name, module in small.named_modules():
-                estimated = isinstance(module, NORMS) and module.running_mean is not None
-                if estimated and name not in self._shared:
+                if estimated(module) and name not in self._shared:
                     stack.callback(module.register_forward_pre_hook(estimate(name)).remove)
             weights = {n: w for n, w in layer_weights(small).items() if n in self._place}
             stack.enter_context(LayerCalls(weights, handle))

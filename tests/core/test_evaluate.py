@@ -15,6 +15,8 @@ from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.fitted import fitted_network
 from rlcompress.core.measure import WORST, compare
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.sensitivity import estimate
+from rlcompress.core.structure import build_network
 from rlcompress.core.ticket import write_network
 
 RECOVERIES = ("none", "bn", "reconstruct")
@@ -112,6 +114,26 @@ def test_reconstruction_beats_batch_norms_beat_nothing(make_evaluator, uniform):
     kl = {r: make_evaluator(recovery=r).evaluate(uniform(0.8, 4)).kl for r in RECOVERIES}
     assert kl["reconstruct"] < kl["bn"] / 2
     assert kl["bn"] < kl["none"] / 2
+
+
+def test_weights_keep_the_mean_that_nothing_else_makes_up_for():
+    """A batch norm somewhere in the network is no reason to leave it to."""
+
+    def network(*first: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 12, 3, bias=False), nn.ReLU()]
+        layers += [nn.Conv2d(12, 12, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+        return nn.Sequential(*first, *layers, nn.Flatten(), nn.Linear(12, 5, bias=False)).eval()
+
+    def kl(model: nn.Module) -> float:
+        images = torch.rand(96, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+        structure = build_network(model, images[:1], round_to=1)
+        found = estimate(model, structure, images[:64], keeps=(0.4, 1.0), bits=(4,))
+        evaluator = build_evaluator(model, structure, images[:64], images[64:], None, found)
+        return evaluator.evaluate(structure.uniform(0.4, 32)).kl
+
+    identity = nn.BatchNorm2d(3, eps=0.0)
+    assert kl(network(identity)) == pytest.approx(kl(network()), rel=1e-2)
 
 
 def test_scored_images_never_touch_the_fit(make_evaluator, uniform, score):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from rlcompress import DynamicCompressor
 from rlcompress.core import (
@@ -117,6 +118,15 @@ def test_a_training_model_trains_on(trained, fit):
     assert [module.training for module in modules] == modes
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+def test_one_logit_tells_no_classes_apart(fit):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(1))
+    model(fit[:1])
+    network = build_network(model, fit[:1])
+    found = estimate(model, network, fit[:8], keeps=(0.5, 1.0), bits=(4,))
+    (line,) = refused(build_evaluator, model, network, fit[:8], fit[8:16], None, found)
+    assert line == "the network answers with 1 logit; allowed: 2 or more, one a class"
 
 
 def test_small_networks_answer_as_they_are(trained, estimates, fit, score):

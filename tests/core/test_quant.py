@@ -149,7 +149,21 @@ def test_unexplained_ignores_scale_and_shift_only():
     assert float(unexplained(y, other).min()) > 0.9
     mixed = unexplained(y, y + other)
     assert torch.allclose(mixed, torch.full((2,), 0.5), atol=0.08)
-    assert torch.equal(unexplained(y, torch.zeros_like(y)), torch.zeros(2))
+    tiny = unexplained(1e-6 * y, 1e-6 * y + 1e-6 * other)
+    assert torch.allclose(tiny, mixed, atol=1e-3)
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.1, float("nan"), float("inf")])
+def test_a_channel_that_says_nothing_leaves_all_unexplained(constant):
+    y = gaussian(2000, 2)
+    broken = y.clone()
+    broken[0 if constant == float("inf") else slice(None), 1] = constant
+    left = unexplained(y, broken)
+    assert float(left[0]) < 1e-4
+    assert float(left[1]) > 0.99
+    if np.isfinite(constant):
+        # Of a channel that was constant there is nothing to explain.
+        assert torch.equal(unexplained(broken, y)[1:], torch.zeros(1))
 
 
 class TestFakeQuant:

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlcompress.core import moments
 from rlcompress.core.calls import Call, LayerCalls
-from rlcompress.core.positions import patches, sample_positions
+from rlcompress.core.positions import patches, sample_positions, spread_rows
 from rlcompress.core.quant import fake_quantize, layer_outputs, scale_of
 from rlcompress.core.reconstruct import refit
 
@@ -84,6 +84,20 @@ def test_positions_are_distinct_and_of_the_first_images_only():
     places = set(zip(at.n_P.tolist(), at.row_P.tolist(), at.col_P.tolist(), strict=True))
     assert len(places) == 50
     assert int(at.n_P.max()) < 3
+
+
+@given(
+    images=st.integers(1, 40),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    count=st.integers(1, 400),
+)
+@settings(max_examples=60)
+def test_rows_for_statistics_come_from_all_over_an_image(images, height, width, count):
+    positions = height * width
+    place = torch.arange(positions).float().view(1, 1, height, width).expand(images, 1, -1, -1)
+    rows = spread_rows(place, count)
+    assert len({*rows.flatten().tolist()}) == min(len(rows), positions)
 
 
 def all_positions(monkeypatch) -> None:
@@ -187,7 +201,21 @@ def test_singular_inputs_give_finite_weights(patch, bits):
 def test_broken_inputs_leave_the_weights_alone(bad):
     patch, weight = torch.randn(20, 1, 6), torch.randn(4, 6)
     patch[3, 0, 1] = bad
-    assert torch.equal(refit(patch, torch.randn(20, 4), weight).weight, weight)
+    found = refit(patch, torch.randn(20, 4), weight)
+    assert torch.equal(found.weight, weight)
+    assert not bool(found.ridge_G.any())
+
+
+def test_a_broken_group_leaves_the_others_their_refit():
+    patch, weight = torch.randn(200, 2, 6), torch.randn(4, 6)
+    targets = torch.randn(200, 4)
+    whole = refit(patch, targets, weight, (0.1,))
+    broken = targets.clone()
+    broken[3, 0] = float("nan")  # of the first group
+    found = refit(patch, broken, weight, (0.1,))
+    assert torch.equal(found.weight[:2], weight[:2])
+    assert torch.allclose(found.weight[2:], whole.weight[2:], atol=1e-6)
+    assert found.ridge_G.tolist()[0] == 0
 
 
 def test_refit_keeps_a_convolutions_shape():

@@ -131,6 +131,32 @@ def test_steps_one_by_one_are_the_schedule_at_once(reader, choice):
     assert len(prefix.unexplained) == len(network.layers)
 
 
+@pytest.mark.parametrize("recovery", ["reconstruct", "steps:1"])
+def test_steps_one_by_one_gather_what_the_schedule_at_once_does(
+    trained, fit, score, estimates, recovery
+):
+    """Also of layers that a batch norm is folded into."""
+    data = (trained.model, trained.network, fit, score.images(), score.labels_N, estimates)
+    evaluator = WholeEvaluator(*data, recovery=recovery, positions=512)
+    schedule = trained.network.uniform(0.6, 4)
+    prefix = evaluator.begin()
+    for keep, bits in evaluator.choices(schedule):
+        prefix = evaluator.advance(prefix, keep, bits, collect=True)
+        assert len(prefix.fitted) == len(prefix.choices)
+    assert evaluator.finish(prefix) == evaluator.evaluate(schedule)
+
+
+@pytest.mark.parametrize("kind", [IncrementalEvaluator, WholeEvaluator])
+def test_another_recovery_is_that_of_an_evaluator_built_with_it(
+    trained, fit, score, estimates, kind
+):
+    data = (trained.model, trained.network, fit, score.images(), score.labels_N, estimates)
+    other = kind(*data, recovery="bn", positions=512).with_recovery("reconstruct")
+    schedule = trained.network.uniform(0.4, 3)
+    wanted = kind(*data, recovery="reconstruct", positions=512)
+    assert other.evaluate(schedule) == wanted.evaluate(schedule)
+
+
 def test_a_layer_that_was_not_reached_is_not_in_the_prefix(reader):
     _, evaluator = reader
     prefix = evaluator.advance(evaluator.begin(), 0.4, 4)
