@@ -11,18 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from rlcompress.core.artifact import ModelRef
 from rlcompress.core.errors import UserError
+from rlcompress.core.evaluate import build_evaluator
 from rlcompress.core.learned import LearnedLosses
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
 from rlcompress.core.policy import DEFAULT, LEARNED, PRIOR, Policy, PolicyShape, save_policy
-from rlcompress.core.prior import Losses
+from rlcompress.core.prior import Losses, Prior
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
+from rlcompress.core.sensitivity import estimate
+from rlcompress.core.structure import build_network
 from rlcompress.rl import transfer, untrained
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers import SEARCHERS, Settings, find, in_process
-from rlcompress.searchers.knapsack import Program
+from rlcompress.searchers.base import probed
+from rlcompress.searchers.knapsack import Program, answers
 from rlcompress.stages.policies import agent_of
 from tests.toy import enumerate_schedules, toy_bundle
 
@@ -56,8 +62,9 @@ def run(
     *,
     seed: int = 0,
     sensitivity: str = "estimated",
+    target: tuple[float, float] = (LOW, HIGH),
 ) -> list[Record]:
-    settings = Settings(evaluations, (LOW, HIGH), seed, sensitivity)
+    settings = Settings(evaluations, target, seed, sensitivity)
     if name == "untrained":
         return list(untrained.search(problem, settings, history, ppo=PPOSpec()))
     if name == "transfer":
@@ -237,6 +244,78 @@ def test_knapsack_is_the_optimum_of_the_estimates(problem):
 
 
 _measured: list = []
+
+
+def free_norms() -> nn.Module:
+    """Batch norms behind what a layer's own would be folded into."""
+    layers: list[nn.Module] = []
+    for before, after in ((1, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(after)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+
+
+def test_the_program_counts_norms_that_shrink_with_their_group():
+    ref = ModelRef("tests.test_searchers:free_norms", {}, 5, (1, 8, 8))
+    model, images = ref.build(), torch.randn(48, 1, 8, 8)
+    network = build_network(model, ref.example(), round_to=1)
+    found = estimate(model, network, images[:32], keeps=(0.1, 0.25, 0.5, 1.0), bits=(2, 4, 8))
+    evaluator = build_evaluator(model, network, images[:32], images[32:], None, found)
+    losses = Losses.of(network, found, refitted=True)
+    problem = Problem(evaluator, Prior(network, evaluator.costs, losses))
+    most = problem.max_ratio()
+    program = Program(problem, losses)
+    for target in (0.2 * most, 0.5 * most, 0.9 * most):
+        schedule = program.solve(problem.dense.bytes / target)
+        assert schedule is not None
+        assert 1 <= problem.dense.bytes / evaluator.costs.cost(schedule).bytes / target < 1.1
+    # Nothing is surely so small; the prior's answer stands in, and later sizes are solved again.
+    wanted = [most, 0.5 * most]
+    assert program.solve(problem.dense.bytes / most) is None
+    smallest, middle = answers(problem, wanted)
+    assert smallest == problem.prior.schedule(problem.dense.bytes / most)
+    assert middle == program.solve(problem.dense.bytes / wanted[1])
+
+
+@pytest.mark.parametrize("name", ["knapsack", "transfer"])
+def test_a_range_of_one_size_is_no_reason_to_measure_twice(problem, name):
+    records = run(problem, name, 12, target=(4.0, 4.0))
+    assert len({r.schedule for r in records}) == len(records) >= 1
+
+
+def test_fewer_evaluations_than_probes_do_not_take_a_probe_for_a_proposal(problem):
+    """The evaluations were lowered while the probes were measured."""
+    begun = run(problem, "local", 20, sensitivity="measured")[:7]
+    assert all(r.target is None for r in begun)
+    records = run(problem, "local", 10, begun, sensitivity="measured")
+    assert [r.evaluation for r in records] == [8, 9, 10]
+    assert [r.target for r in records[:2]] == [LOW, HIGH]
+
+
+def test_probes_are_told_from_their_own_noise(problem):
+    """What a few steps of training change in the dense network is none of theirs."""
+
+    def losses(problem: Problem) -> Losses:
+        settings = Settings(16, (LOW, HIGH), 0, "measured")
+        search = probed("local", problem, settings, [], in_process(problem))
+        while True:
+            try:
+                next(search)
+            except StopIteration as done:
+                return done.value[0]
+
+    trained, plain = (losses(problem.with_recovery(r)) for r in ("steps:3", "bn"))
+    assert np.allclose(trained.prune_GK, plain.prune_GK)
+    assert np.allclose(trained.quantize_LB, plain.quantize_LB)
+
+
+def test_the_untrained_control_plays_at_the_policy_s_temperature(problem):
+    agent = agent_of(policy_folder())
+    settings = Settings(6, (LOW, HIGH), 0)
+    played = [
+        list(untrained.search(problem, settings, [], ppo=PPOSpec(temperature=t), begin=agent))
+        for t in (0.1, 2.0)
+    ]
+    assert lines(played[0]) == lines(played[1])
 
 
 def _all(problem: Problem) -> list:

@@ -32,7 +32,7 @@ from rlcompress.rl.config import (
 from rlcompress.rl.environment import make
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape
 from rlcompress.rl.pool import Pool
-from rlcompress.rl.transfer import prepared
+from rlcompress.rl.transfer import prepared, tempered
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers.base import Settings, in_process, probed, targets
 
@@ -66,8 +66,7 @@ def search(
     """
     problem.require_reachable(settings.target)
     problem = prepared(problem, begin)
-    if begin.policy is not None:
-        ppo = ppo.model_copy(update={"temperature": begin.temperature})
+    ppo = tempered(ppo, begin)
     pool = Pool(bundle, ppo.num_env_runners, ppo.num_gpus_per_env_runner)
     measure = in_process(problem)
     if settings.sensitivity != "estimated" and ppo.num_env_runners:
@@ -80,8 +79,9 @@ def search(
     total, count = settings.evaluations, max(len(history), len(spent))
     resumed = count > len(spent) and (folder / "policy.json").exists()
     free = total - len(spent)
-    first = len(spent) + min(free, MOST_FIRST, max(1, round(FIRST * free)))
-    last = min(total - first, max(1, round(LAST * free)))
+    guesses = targets(settings, min(free, MOST_FIRST, max(1, round(FIRST * free))))
+    first = len(spent) + len(guesses)
+    last = len(targets(settings, min(total - first, max(1, round(LAST * free)))))
     batch = episodes_of(ppo, total - first - last)
     # Whole iterations only: an episode that is played is an episode in the archive.
     end = first + (total - first - last) // batch * batch
@@ -95,7 +95,7 @@ def search(
     if resumed:
         policy = load_policy(folder, shape.observation_version)[0]
     known = resumed or begin.policy is not None
-    shape, guesses = policy.shape, targets(settings, first - len(spent))
+    shape = policy.shape
     while count < first:
         yield record(greedy(policy, env, guesses[count - len(spent)]))
 
@@ -130,15 +130,19 @@ def search(
                 if count + batch > end or time.monotonic() - saved >= SAVE_SECONDS:
                     policy = trained(algorithm, shape)
                     about = {"episodes": count - first, "seed": settings.seed}
-                    if begin.learned is not None:
+                    if begin.learned is None:
+                        (folder / LEARNED).unlink(missing_ok=True)
+                    else:
                         folder.mkdir(parents=True, exist_ok=True)
                         begin.learned.save(folder / LEARNED)
                     save_policy(folder, policy, about | environment_options(ppo))
                     saved = time.monotonic()
                 if rows:
                     on_iteration(curve_row(result, rows, "ppo", count))
+        trained_by = count
+    else:
+        trained_by = max(first, _trained_by(settings, history, first))
     policy.eval()
-    trained_by = min(count, end)
     wanted = targets(settings, total - trained_by)[count - trained_by :]
     if ppo.num_env_runners and wanted:
         start_ray(ppo)
@@ -146,3 +150,17 @@ def search(
         yield from map(record, pool.play(policy, ENVIRONMENT, options, wanted, losses))
     else:
         yield from (record(greedy(policy, env, target)) for target in wanted)
+
+
+def _trained_by(settings: Settings, history: Sequence[Record], first: int) -> int:
+    """How many evaluations of `history`, at least `first`, came before the trained policy's last
+    guesses: those are the sizes that it ends with."""
+    aimed = [record.target for record in history]
+    return next(
+        (
+            done
+            for done in range(first, len(history))
+            if targets(settings, settings.evaluations - done)[: len(history) - done] == aimed[done:]
+        ),
+        len(history),
+    )

@@ -42,6 +42,14 @@ def prepared(problem: Problem, agent: Agent) -> Problem:
     return problem.with_losses(losses)
 
 
+def tempered(ppo: PPOSpec, agent: Agent) -> PPOSpec:
+    """With the prior's temperature that the agent's policy was trained at, if it was: it is part of
+    what the policy learned on."""
+    if agent.policy is None:
+        return ppo
+    return ppo.model_copy(update={"temperature": agent.temperature})
+
+
 def search(
     problem: Problem,
     settings: Settings,
@@ -55,12 +63,11 @@ def search(
     problem.require_reachable(settings.target)
     problem = prepared(problem, agent)
     sizes, past = targets(settings, SIZES), list(history)
-    zero_shot = [sizes[i] for i in spread_order(SIZES)][: settings.evaluations]
+    zero_shot = [sizes[i] for i in spread_order(len(sizes))][: settings.evaluations]
     answers = (problem.prior.schedule(problem.dense.bytes / target) for target in zero_shot)
     proposals: Iterator[Proposal] = zip(answers, zero_shot, strict=True)
     if agent.policy is not None:
-        # The prior's temperature is part of what the policy learned on.
-        options = environment_options(ppo) | {"temperature": agent.temperature}
+        options = environment_options(tempered(ppo, agent))
         env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **options)
         played = (greedy(agent.policy, env, target) for target in zero_shot[len(past) :])
         found: Iterator[Record] = (_record(info, settings, len(past) + 1) for info in played)

@@ -12,7 +12,7 @@ from rlcompress.core.policy import PRIOR, Agent, Policy
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape, sampled
-from rlcompress.rl.transfer import prepared
+from rlcompress.rl.transfer import prepared, tempered
 from rlcompress.schema import PPOSpec
 from rlcompress.searchers.base import Settings
 
@@ -31,6 +31,7 @@ def search(
     begin  as `ppo.search` has it"""
     problem.require_reachable(settings.target)
     problem = prepared(problem, begin)
+    ppo = tempered(ppo, begin)
     env = gym.make(ENVIRONMENT, problem=problem, target=settings.target, **environment_options(ppo))
     policy = (begin.policy or Policy(policy_shape(env, ppo.hidden))).eval()
     low, high = settings.target

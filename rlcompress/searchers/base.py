@@ -49,8 +49,10 @@ def in_process(problem: Problem) -> Measure:
 
 
 def targets(settings: Settings, count: int) -> list[float]:
-    """`count` size ratios over the range, evenly spaced in their logarithm."""
-    return [float(x) for x in np.geomspace(*settings.target, count)]
+    """`count` size ratios over the range, evenly spaced in their logarithm; one where the range is
+    a point."""
+    low, high = settings.target
+    return [float(x) for x in np.geomspace(low, high, count if low < high else min(count, 1))]
 
 
 def spread_order(count: int) -> list[int]:
@@ -121,13 +123,16 @@ def probed(
     own = "steps" if problem.evaluator.steps else problem.evaluator.recovery
     recovery = "reconstruct" if refitted else "none" if own == "none" else "bn"
     network, estimates = problem.network, problem.evaluator.estimates
-    wanted = probes(network, estimates)[: settings.evaluations // 2]
-    # A search that went on to its targets stays with the probes it had then.
-    first = next((i for i, r in enumerate(history) if r.target is not None), len(wanted))
-    wanted = wanted[:first]
+    prober = problem
+    wanted = probes(network, estimates)
+    # A search that went on to its targets stays with the probes it had then; what it has measured
+    # are probes, whatever the evaluations are by now.
+    first = next((i for i, r in enumerate(history) if r.target is not None), None)
+    wanted = wanted[: max(settings.evaluations // 2, len(history)) if first is None else first]
     records = list(history[: len(wanted)])
     if recovery != own:
-        measure = in_process(problem.with_recovery(recovery))
+        prober = problem.with_recovery(recovery)
+        measure = in_process(prober)
     spent = replace(settings, evaluations=len(wanted))
     proposals = ((probe.schedule, None) for probe in wanted)
     for record in measured(name, spent, history, measure, proposals):
@@ -138,6 +143,6 @@ def probed(
     if refitted != (own == "reconstruct"):
         losses = Losses.of(network, estimates, refitted=refitted)
     # What low precision alone costs is nobody's sensitivity.
-    noise = problem.evaluator.evaluate(Schedule()).kl
+    noise = prober.evaluator.evaluate(Schedule()).kl
     kls = [max(r.measurement.kl - noise, 0.0) for r in records]
     return measured_losses(losses, wanted, kls), records

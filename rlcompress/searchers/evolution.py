@@ -75,7 +75,7 @@ def _first(
     """The prior's schedules in spread order, then random ones; all different."""
     count = round(FROM_PRIOR * POPULATION)
     wanted = targets(settings, count)
-    limits = [problem.dense.bytes / wanted[i] for i in spread_order(count)]
+    limits = [problem.dense.bytes / wanted[i] for i in spread_order(len(wanted))]
     chosen: dict[bytes, np.ndarray] = {}
 
     def take(row_N: np.ndarray) -> None:

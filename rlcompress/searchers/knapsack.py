@@ -21,7 +21,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from rlcompress.core.cost import FLOAT_BYTES, vector_bytes
-from rlcompress.core.graph import Layer
+from rlcompress.core.graph import Layer, Norm
 from rlcompress.core.prior import Losses
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
@@ -40,6 +40,8 @@ MOST_TARGETS = 24
 #: Seconds are usual. What the solver has by then depends on the machine: rather late than so.
 SECONDS = 60.0
 GAP = 0.01
+#: SciPy's status of a program whose time was up.
+LATE = 1
 
 
 @contextlib.contextmanager
@@ -65,13 +67,15 @@ class Program:
         self.integer: list[int] = []
         self.entries: list[tuple[int, int, float]] = []
         self.right: list[float] = []
+        #: Whether the solver ran out of time at the last size.
+        self.late = False
         costs = problem.evaluator.costs
         self.constant = float(costs.header + FLOAT_BYTES * costs.rest)
         self.column = {name: i for i, name in enumerate(problem.network.groups)}
         self.x = {name: self._group(name) for name in self.column}
         self.w = [self._layer(i, x) for i, x in enumerate(problem.network.layers.values())]
         for norm in problem.network.norms:
-            self.constant += FLOAT_BYTES * norm.vectors * norm.channels
+            self._norm(norm)
 
     def _variable(self, cost: float, size: float, integer: bool) -> int:
         self.cost.append(cost)
@@ -152,8 +156,19 @@ class Program:
                 self._equal({**{int(v): 1.0 for v in z[i].ravel()}, int(x): -1.0}, 0.0)
         return w_KB
 
+    def _norm(self, norm: Norm) -> None:
+        """Its vectors shrink with the groups that they are of."""
+        number = FLOAT_BYTES * norm.vectors
+        linked = sum(len(link.index) for link in norm.links)
+        self.constant += number * (norm.channels - linked)
+        for link in norm.links:
+            spread = len(link.index) / self.problem.network.groups[link.group].channels
+            for count, x in zip(*self._counts(link.group, 0), strict=True):
+                self.size[x] += number * spread * count
+
     def solve(self, max_bytes: float) -> Schedule | None:
-        """The best schedule within `max_bytes`; None if the solver found none in time."""
+        """The best schedule within `max_bytes`; None if there is none that is surely within it, or
+        if the solver found none in time (`late`)."""
         rows, columns, values = zip(*self.entries, strict=True)
         shape = (len(self.right), len(self.cost))
         equal = coo_array((values, (rows, columns)), shape=shape).tocsr()
@@ -171,6 +186,7 @@ class Program:
                 ],
                 options={"time_limit": SECONDS, "mip_rel_gap": GAP},
             )
+        self.late = result.x is None and result.status == LATE
         if result.x is None:
             return None
         keep = {}
@@ -187,14 +203,12 @@ class Program:
 
 def answers(problem: Problem, wanted: Sequence[float]) -> Iterator[Schedule]:
     """The program's answer for each size ratio on the losses that the problem's prior goes by, or
-    the prior's own where the solver has none in time."""
+    the prior's own where the solver has none."""
     program = Program(problem, problem.prior.losses)
-    solvable = True
     for target in wanted:
         size = problem.dense.bytes / target
-        found = program.solve(size) if solvable else None
         # Where one size is too much for it, the others are.
-        solvable = found is not None
+        found = None if program.late else program.solve(size)
         yield found or problem.prior.schedule(size)
 
 
@@ -208,12 +222,9 @@ def search(
 
     def proposals() -> Iterator[Proposal]:
         yield from ((record.schedule, None) for record in spent)
-        program = Program(problem, losses)
         sizes = targets(settings, MOST_TARGETS)
-        for target in (sizes[i] for i in spread_order(MOST_TARGETS)):
-            schedule = program.solve(problem.dense.bytes / target)
-            if schedule is not None:
-                yield schedule, target
+        wanted = [sizes[i] for i in spread_order(len(sizes))]
+        yield from zip(answers(problem.with_losses(losses), wanted), wanted, strict=True)
 
     past = [*spent, *history[len(spent) :]]
     yield from measured("knapsack", settings, past, measure, proposals())

@@ -81,7 +81,7 @@ def refine(
 def _sizes(settings: Settings) -> list[float]:
     """The chains' size ratios, in the order that they propose in."""
     sizes = targets(settings, CHAINS)
-    return [sizes[i] for i in spread_order(CHAINS)]
+    return [sizes[i % len(sizes)] for i in spread_order(CHAINS)]
 
 
 def _anneal(problem: Problem, settings: Settings, losses: Losses) -> Batches:

@@ -54,13 +54,14 @@ def test_with_2_env_runners_the_same_measurements_for_the_same_schedules(toy, tm
 
 
 def test_a_search_goes_on_with_another_number_of_env_runners(toy, tmp_path):
-    budget = Settings(44, (4.0, 8.0), 0)
-    lines = list(islice(search(toy, tmp_path, 1, budget=budget), 11))
+    # 24 sizes of the untrained policy, 40 episodes of training, 16 sizes of the trained one.
+    budget = Settings(80, (4.0, 8.0), 0)
+    lines = list(islice(search(toy, tmp_path, 1, budget=budget), 33))
     before, kept = list(lines), (tmp_path / "policy.safetensors").read_bytes()
-    for runners, more in ((2, 9), (0, 44)):
+    for runners, more in ((2, 9), (0, 80)):
         lines += list(islice(search(toy, tmp_path, runners, lines, budget), more))
-    assert lines[:11] == before
-    assert [r.evaluation for r in lines] == list(range(1, 45))
-    drawn = [r.target for r in lines[2:28]]
+    assert lines[:33] == before
+    assert [r.evaluation for r in lines] == list(range(1, 81))
+    drawn = [r.target for r in lines[24:58]]
     assert len(set(drawn)) == len(drawn)  # no episode is played again
     assert (tmp_path / "policy.safetensors").read_bytes() != kept  # it learned on
