@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlcompress.core.average import Average
 from rlcompress.core.calls import Call, as_call
 from rlcompress.core.errors import UserError
 from rlcompress.core.fisher import readers_of
+from rlcompress.core.gradients import GradientScale, leaf
 from rlcompress.core.graph import Layer, Link, Network
 from rlcompress.core.positions import patches, sample_positions
 from rlcompress.core.prune import kept_channels
@@ -39,8 +41,8 @@ from rlcompress.core.sensitivity import Estimates, root_activation
 POSITIONS, INPUTS = 256, 2048
 #: Of a minibatch that backward passes are looked at for.
 IMAGES = 32
-#: Of the moving averages: the last ten minibatches, and the last fifty.
-FAST, SLOW = 0.9, 0.98
+#: Of the slow moving averages: the last fifty minibatches.
+SLOW = 0.98
 
 
 def predictor(covariance: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
@@ -52,25 +54,6 @@ def predictor(covariance: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
     return torch.linalg.solve(a + ridge * identity, covariance[keep][:, gone].double()).float()
 
 
-class Average:
-    """Named moving averages of tensors; the plain mean until there are 1 / (1 - decay) values."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, name: str, value: torch.Tensor, decay: float = FAST) -> None:
-        count = self.counts[name] = self.counts.get(name, 0) + 1
-        if count == 1:
-            self.values[name] = value.detach().clone()
-        else:
-            self.values[name].lerp_(value.detach(), max(1 / count, 1 - decay))
-
-    def drop(self, prefix: str) -> None:
-        for name in [n for n in self.values if n.startswith(prefix)]:
-            del self.values[name], self.counts[name]
-
-
 class Signals:
     """Listens to one model in training.
 
@@ -78,7 +61,8 @@ class Signals:
 
     While the model is in training mode (single modules need not be), hooks take a sample of a
     layer's input where `wanted` names it, in the next forward pass, and while `listening` the
-    backward pass of the readers. `read` ends a minibatch.
+    backward pass of the readers. `read` ends a minibatch; until then the loss may be scaled, and
+    the gradients clipped.
     """
 
     def __init__(
@@ -98,6 +82,7 @@ class Signals:
         #: Whether minibatches are looked at.
         self.listening = False
         self._moments: dict[str, torch.Tensor] = {}
+        self._scale = GradientScale()
         self.wanted: set[str] = set()
         self._clip = clip
         self._device = next(model.parameters()).device
@@ -127,6 +112,7 @@ class Signals:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._scale.let_go()
 
     # --- listening ---------------------------------------------------------------------------
 
@@ -135,6 +121,8 @@ class Signals:
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         if self._live and tensors:
             self.images = len(tensors[0])
+            if self.listening:
+                self._scale.catch(self._modules.values())
 
     def _listen(self, layer: Layer) -> Any:
         @torch.no_grad()
@@ -203,31 +191,39 @@ class Signals:
                 "step: the model was not called in training mode: call model.train(), and freeze "
                 "single norms with norm.eval()"
             )
-        if all(_gradient(module) is None for module in self._modules.values()):
+        if all(leaf(module).grad is None for module in self._modules.values()):
             raise UserError("no weight has a gradient: call step before the gradients are zeroed")
 
     @torch.no_grad()
     def read(self, loss: torch.Tensor | float) -> None:
-        """Takes a minibatch: its mean loss, and the gradients of it that the weights hold.
+        """Takes a minibatch: its mean loss, and the gradients of it that the weights hold. One
+        whose gradients are not finite, as a gradient scaler's first ones, is passed over.
 
         Raises UserError where no weight has a gradient.
         """
         self.require_gradients()
-        average, squares = self.average, []
-        for name, module in self._modules.items():
-            gradient = _gradient(module)
-            if gradient is not None:
-                square = gradient.square()
-                squares.append(square.sum())
-                average.add(f"fisher/{name}", square * self.images)
-        norm = torch.stack(squares).sum().sqrt()
+        average = self.average
+        gradients = {name: leaf(module).grad for name, module in self._modules.items()}
+        squares = {name: g.float().square() for name, g in gradients.items() if g is not None}
+        norm = torch.stack([square.sum() for square in squares.values()]).sum().sqrt()
+        if not bool(norm.isfinite()):
+            self._forget()
+            return
+        for name, square in squares.items():
+            average.add(f"fisher/{name}", square * self.images)
         for name, value in (("loss", torch.as_tensor(loss)), ("gradient", norm)):
             value = value.detach().float().cpu()
             average.add(f"{name}/fast", value)
             average.add(f"{name}/slow", value, SLOW)
+        scale = self._scale.value()
         for group, moment_NCC in self._moments.items():
-            self._average(group, moment_NCC)
+            self._average(group, moment_NCC * scale)
+        self._forget()
+
+    def _forget(self) -> None:
+        """The minibatch."""
         self._moments.clear()
+        self._scale.let_go()
 
     def _average(self, group: str, moment_NCC: torch.Tensor) -> None:
         taylor_NC = moment_NCC.diagonal(dim1=1, dim2=2)
@@ -399,10 +395,3 @@ class Signals:
         self.wanted, self.images = set(state["wanted"]), int(state["images"])
         self.listening = bool(state["listening"])
         self._generator.set_state(state["generator"].cpu())
-
-
-def _gradient(module: nn.Module) -> torch.Tensor | None:
-    """Of the weight before any parametrization."""
-    if "weight" in getattr(module, "parametrizations", {}):
-        return module.parametrizations.weight.original.grad  # type: ignore[union-attr, return-value]
-    return module.weight.grad  # type: ignore[union-attr, return-value]

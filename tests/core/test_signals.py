@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
 
-from rlcompress.core.signals import Average, Signals
+from rlcompress.core.average import Average
+from rlcompress.core.signals import Signals
 from rlcompress.core.structure import build_network
 
 
@@ -78,6 +79,65 @@ def test_live_estimates_rank_as_those_of_a_trained_network_do(trained, data, est
         assert (live.prune_solved[name] <= cost_K).all()
     signals.close()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def minibatches(trained, data, change, *, scale: float = 1.0) -> Signals:
+    """Some with the loss scaled; `change` gets the model before each is read."""
+    model = copy.deepcopy(trained.model).train()
+    signals = Signals(model, trained.network, (1.0, 0.4), (4,))
+    signals.listening = True
+    for step in range(6):
+        if step == 3:
+            signals.wanted.update(trained.network.layers)
+        index = torch.arange(16 * step, 16 * (step + 1))
+        model.zero_grad()
+        loss = F.cross_entropy(model(data.train.images(index)), data.train.labels_N[index])
+        (scale * loss).backward()
+        change(model)
+        signals.read(loss)
+        if step == 3:
+            signals.settle()
+    return signals
+
+
+def tables(signals: Signals) -> tuple[np.ndarray, np.ndarray]:
+    found = signals.estimates()
+    return tuple(np.concatenate([*table.values()]) for table in (found.prune, found.quantize))
+
+
+def test_a_scaled_loss_is_no_other_loss(trained, data):
+    def unscale(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad /= 2.0**16
+
+    plain = tables(minibatches(trained, data, lambda model: None))
+    scaled = tables(minibatches(trained, data, unscale, scale=2.0**16))
+    for a, b in zip(plain, scaled, strict=True):
+        assert np.allclose(a, b, rtol=1e-3)
+
+
+def test_clipped_gradients_change_cuts_and_bits_alike(trained, data):
+    def shrink(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad *= 0.1
+
+    plain = tables(minibatches(trained, data, lambda model: None))
+    clipped = tables(minibatches(trained, data, shrink))
+    for a, b in zip(plain, clipped, strict=True):
+        assert np.allclose(0.01 * a, b, rtol=1e-3)
+
+
+def test_gradients_that_overflowed_are_passed_over(trained, data):
+    seen = []
+
+    def overflow(model: nn.Module) -> None:
+        seen.append(model)
+        if len(seen) == 2:
+            model.features[0].weight.grad.fill_(torch.inf)
+
+    signals = minibatches(trained, data, overflow)
+    assert all(bool(value.isfinite().all()) for value in signals.average.values.values())
+    assert all(np.isfinite(table).all() for table in tables(signals))
 
 
 def test_a_minibatch_is_let_go(trained, data):
