@@ -21,7 +21,8 @@ Seeds = int | Sequence[int | None] | None
 
 class CompressionVectorEnv(VectorEnv[Observations, np.ndarray, np.ndarray]):
     """N episodes of `CompressionEnv` in lockstep: what Gymnasium's `SyncVectorEnv` of N of them
-    answers, with equal prefixes computed once and observations computed together.
+    answers, with equal prefixes computed once and observations computed together. With `explore`
+    all N begin with one shaken prior, drawn from the first one's stream.
 
     `gymnasium.make_vec("envs:rlcompress/Compression-v0", num_envs=8, problem=...)` makes it.
 

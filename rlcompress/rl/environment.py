@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import ray
 import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
@@ -34,6 +36,12 @@ def make(context: Mapping[str, Any]) -> gym.vector.VectorEnv[Any, Any, Any]:
     )
 
 
+def _restarted() -> bool:
+    """Whether Ray has started this actor before, in a process that is gone."""
+    context = ray.get_runtime_context()
+    return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
+
+
 class CompressionCallbacks(RLlibCallback):
     """Gives every episode's targets, and every runner's actions, a stream of their own, and sends
     every finished episode's schedule and measurement along with the metrics.
@@ -49,9 +57,11 @@ class CompressionCallbacks(RLlibCallback):
     ) -> None:
         # Not in `make`: RLlib does not tell a vector environment's maker the runner's number.
         runner = max(1, env_runner.worker_index)
-        # An environment made anew goes on with other targets.
+        # An environment made anew goes on with other targets; so does a runner in a process made
+        # anew, which knows no more how often that was.
         env_runner.made = getattr(env_runner, "made", 0) + 1
-        about = [*env_context["seed"], runner, env_runner.made]
+        anew = [time.time_ns()] if _restarted() else []
+        about = [*env_context["seed"], runner, env_runner.made, *anew]
         env_runner.action_seed = about
         seeds = [[*about, lane] for lane in range(env.num_envs)]
         if isinstance(env, gym.vector.SyncVectorEnv):

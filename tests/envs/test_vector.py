@@ -79,6 +79,24 @@ def test_it_answers_what_single_environments_answer(problem, count, seed, few):
             assert_same(ours, theirs)
 
 
+def test_episodes_explore_from_one_shaken_prior(problem):
+    """Another one at every beginning: one a batch is what solving for it costs."""
+    env = make(problem, 3, explore=1.0, seed=[1, 2, 3])
+    priors = set()
+    for _ in range(6):
+        seen, _ = env.reset(options={"target": 5.0})
+        logits = seen["actions"][..., -1]
+        assert (logits == logits[0]).all()
+        priors.add(logits[0].tobytes())
+        done = False
+        while not done:
+            actions = seen["actions"][..., -1] - 1e9 * (seen["mask"] == 0)
+            seen, _, ended, _, info = env.step(actions.argmax(1))
+            done = bool(ended.all())
+        assert (info["measurement"]["bytes"] <= problem.dense.bytes / 5.0).all()
+    assert len(priors) > 2
+
+
 def test_gymnasiums_own_comparison(problem):
     native, sync = (LegalActions(make(problem, 1, mode)) for mode in (NATIVE, SYNC))
     assert native.observation_space == sync.observation_space
