@@ -2,8 +2,8 @@
 
 Its data (`layout.py`) hold the records, then everything in a row: layer by layer in forward order
 packed codes, scales, biases (the sizes are in `cost.py`); then the batch norms that no layer
-absorbs; then every other float tensor, in the order of the state dict. Integer buffers are left to
-the network's constructor.
+absorbs; then every other float tensor, in the order of the state dict. Integer and complex buffers
+are left to the network's constructor: a network with others is refused.
 
 Batch norms are folded: y = gamma (W x + b - mu) / sigma + beta gives |gamma| / sigma x scale, the
 sign of gamma in the codes, and one bias a channel. Scales and biases take a byte each (`codec.py`).
@@ -93,8 +93,10 @@ def pack(
             learned scales are used, and `scales` is for the layers without one)
     bits    layer -> weight bits;  scales  layer -> scale_O
 
-    Raises UserError if a number is not finite, or the manifest does not fit the header.
+    Raises UserError if a number is not finite, the manifest does not fit the header, or the file
+    would lose a tensor (`require_kept`).
     """
+    require_kept(model, network, ref)
     scales = {**scales, **learned_scales(model)}
     modules = dict(model.named_modules())
     place = {name: i for i, name in enumerate(network.modules)}
@@ -212,6 +214,39 @@ def require_rebuilds(ref: ModelRef, network: Network) -> None:
         f"ModelRef {ref.factory} with {dict(ref.args)}: builds another network than the one to be "
         f"written: module {number} is {theirs or 'the root'}, there it is {ours or 'the root'}"
     )
+
+
+def require_kept(model: nn.Module, network: Network, ref: ModelRef) -> None:
+    """Raises UserError if tensors of `model` that are no floats, which no file holds, are others
+    than those of the network that `ref` builds."""
+    mine = _constants(model, network)
+    built = _constants(ref.build(), network) if mine else {}
+    lost = [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in mine.items()
+        if name not in built
+        or built[name].dtype != tensor.dtype
+        or not torch.equal(built[name], tensor.cpu())
+    ]
+    if lost:
+        raise UserError(
+            f"{', '.join(lost)}: not what {ref.factory} builds; a file holds floats and leaves all "
+            "else to the constructor; allowed: the same values whatever the seed and the training"
+        )
+
+
+def _constants(model: nn.Module, network: Network) -> dict[str, torch.Tensor]:
+    """Name in the state dict -> tensor that is no float, of what the output depends on."""
+    known, unused = {*network.modules}, tuple(f"{name}." for name in network.unused)
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not tensor.is_floating_point()
+        # Read in training alone.
+        and not name.endswith("num_batches_tracked")
+        and name.rpartition(".")[0] in known
+        and not name.startswith(unused)
+    }
 
 
 def _skeleton(ref: ModelRef) -> nn.Module | None:

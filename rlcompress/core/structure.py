@@ -39,11 +39,13 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     Fang et al., 2023).
 
     Raises UserError if it cannot be run, does not return one tensor, has no layer, is not in
-    float32, or computes layers that its output does depend on without gradients.
+    float32, has complex parameters, or computes layers that its output does depend on without
+    gradients.
     """
     weights = layer_weights(model)
     _refuse_shared(weights)
     _refuse_other_types(weights)
+    _refuse_complex(model)
     with borrowed(model):
         return _read_and_checked(model, example, round_to)
 
@@ -90,6 +92,15 @@ def _refuse_other_types(weights: dict[str, torch.Tensor]) -> None:
             raise UserError(
                 f"layer {name!r} has weights of {weight.dtype}; "
                 "allowed: torch.float32, as model.float() makes them"
+            )
+
+
+def _refuse_complex(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UserError(
+                f"parameter {name!r} is of {parameter.dtype}, which no file holds; "
+                "allowed: a real one, read by torch.view_as_complex in forward"
             )
 
 
