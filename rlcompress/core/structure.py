@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rlcompress.core.attention import Attention
 from rlcompress.core.calls import layer_weights
@@ -43,7 +44,7 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     gradients.
     """
     weights = layer_weights(model)
-    _refuse_shared(weights)
+    _refuse_shared(model)
     _refuse_other_types(weights)
     _refuse_complex(model)
     with borrowed(model):
@@ -79,11 +80,18 @@ def require_logits(model: nn.Module, example: torch.Tensor, classes: int) -> Non
         )
 
 
-def _refuse_shared(weights: dict[str, torch.Tensor]) -> None:
-    names: dict[int, str] = {}
-    for name, weight in weights.items():
-        if (other := names.setdefault(id(weight), name)) != name:
-            raise UserError(f"layers {other!r} and {name!r} share one weight: not supported")
+def _refuse_shared(model: nn.Module) -> None:
+    """Whoever else holds a layer's numbers would compute with those that the file rounds."""
+    layers = {*layer_weights(model)}
+    holders: dict[int, tuple[str, bool]] = {}  # memory -> its name, whether a layer's
+    # Each module once: one under several names shares nothing.
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            mine, own = f"{name}.{leaf}".lstrip("."), name in layers
+            memory = id(parameter) if is_lazy(parameter) else parameter.data_ptr() or id(parameter)
+            other, others = holders.setdefault(memory, (mine, own))
+            if other != mine and (own or others):
+                raise UserError(f"{other!r} and {mine!r} share one parameter: not supported")
 
 
 def _refuse_other_types(weights: dict[str, torch.Tensor]) -> None:

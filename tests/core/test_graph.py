@@ -135,6 +135,25 @@ class Tied(nn.Module):
         return self.two(self.one(x))
 
 
+class TiedTo(nn.Module):
+    """A linear layer whose weight is the parameter of something that is no layer."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
+        self.other = make(self.fc.weight)
+
+    def forward(self, x):
+        (shared,) = self.other.parameters()
+        return self.fc(self.conv(x).mean((2, 3)) + shared[0])
+
+
+def embedding(weight):
+    other = nn.Embedding(4, 4)
+    other.weight = weight
+    return other
+
+
 class Sees(nn.Module):
     """Reads the weight of a layer that it never calls; sums over channels behind another; carries
     a head that only training uses; and looks at the data before it decides."""
@@ -193,7 +212,13 @@ def test_channels_of_a_layer_norm_are_not_cut():
         (nn.Sequential(nn.ReLU()), "no Conv2d or Linear"),
         (nn.Sequential(nn.Conv2d(5, 2, 3)), r"cannot be run on an input of shape \(1, 4, 8, 8\)"),
         (Pair(), "returns a tuple"),
-        (nn.Sequential(nn.Conv2d(4, 4, 3), Tied()), "share one weight"),
+        (
+            nn.Sequential(nn.Conv2d(4, 4, 3), Tied()),
+            r"^'1.one.weight' and '1.two.weight' share one parameter: not supported$",
+        ),
+        (TiedTo(embedding), "'fc.weight' and 'other.weight' share"),
+        (TiedTo(lambda w: nn.Embedding(4, 4, _weight=w)), "'fc.weight' and 'other.weight' share"),
+        (TiedTo(lambda weight: nn.ParameterList([weight])), "'fc.weight' and 'other.0' share"),
     ],
 )
 def test_refused_networks(model, says):
