@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -261,16 +262,25 @@ def _skeleton(ref: ModelRef) -> nn.Module | None:
 
 
 def _whole(model: nn.Module) -> bool:
-    """Whether nothing is left without memory: the constructor's own constants would be."""
-    return not any(
-        isinstance(value, torch.Tensor) and value.is_meta
-        for module in model.modules()
-        for value in (
-            *module._parameters.values(),
-            *module._buffers.values(),
-            *vars(module).values(),
-        )
-    )
+    """Whether nothing is left without memory: the constructor's own constants would be, in whatever
+    lists, dicts and objects the network keeps them."""
+    stack: list[Any] = [model]
+    seen: dict[int, Any] = {}  # the values too: an id may be used again
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            if value.is_meta:
+                return False
+            continue
+        if id(value) in seen or isinstance(value, type | ModuleType):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            stack += value
+        stack += getattr(value, "__dict__", {}).values()
+    return True
 
 
 @dataclass

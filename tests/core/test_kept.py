@@ -49,6 +49,37 @@ class Learned(Turned):
         self.phases = nn.Parameter(phases)
 
 
+class Holder:
+    """An object that is no module and knows itself."""
+
+    def __init__(self, kernel: torch.Tensor) -> None:
+        self.kernel, self.me = kernel, self
+
+
+#: Where a constructor may keep its constants -> how they are found there again.
+PLACES = {
+    "list": (lambda k: [k], lambda kept: kept[0]),
+    "tuple": (lambda k: ("k", k), lambda kept: kept[1]),
+    "dict": (lambda k: {"k": [k]}, lambda kept: kept["k"][0]),
+    "object": (Holder, lambda kept: kept.kernel),
+    "objects": (lambda k: [{"k": Holder(k)}], lambda kept: kept[0]["k"].kernel),
+}
+
+
+class Smoothed(nn.Module):
+    """Smooths its input with constants of its own."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.conv, self.fc, self.place = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), place
+        self.kept = PLACES[place][0](torch.tensor([0.25, 0.5, 0.25]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, middle, right = PLACES[self.place][1](self.kept)
+        x = left * x.roll(1, -1) + middle * x + right * x.roll(-1, -1)
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+
 def written(path, ref: core.ModelRef, seed: int) -> nn.Module:
     """The network of a seed, as it was written to `path`."""
     model = ref.build(seed)
@@ -75,8 +106,12 @@ def test_constants_that_the_constructor_would_draw_anew_are_told(tmp_path, facto
     assert not any(tmp_path.iterdir())
 
 
-def test_constants_that_every_constructor_makes_come_back(tmp_path, close):
-    ref = core.ModelRef(f"{HERE}:Turned", {}, 4, SHAPE)
+@pytest.mark.parametrize(
+    ("factory", "args"),
+    [("Turned", {}), *(("Smoothed", {"place": place}) for place in PLACES)],
+)
+def test_constants_that_every_constructor_makes_come_back(tmp_path, close, factory, args):
+    ref = core.ModelRef(f"{HERE}:{factory}", args, 4, SHAPE)
     model = written(tmp_path / "w", ref, seed=1)
     images = torch.randn(4, *SHAPE)
     again = core.load_artifact(tmp_path / "w", trust=[ref.factory])
