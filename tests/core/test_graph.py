@@ -191,6 +191,27 @@ def test_a_head_of_zeros_hides_no_wrong_cut():
     assert "changes what other channels compute" in protected
 
 
+class Halved(nn.Module):
+    """Each half of a convolution's channels is read by a convolution of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.one, self.two = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        one, two = torch.relu(self.norm(self.conv(x))).chunk(2, 1)
+        return self.head((self.one(one) + self.two(two)).mean((2, 3)))
+
+
+def test_halves_that_are_read_apart_are_not_cut():
+    """As many of each half may be left, by chance: that says nothing of others."""
+    groups = build_network(Halved().eval(), EXAMPLE).groups
+    assert groups["conv"].protected == "a cut there changes what other channels compute"
+    assert groups["one"].protected == ""
+
+
 def test_a_layer_that_is_used_twice_is_not_cut():
     network = build_network(nn.Sequential(nn.Conv2d(4, 4, 1), Twice(), nn.Conv2d(4, 2, 1)), EXAMPLE)
     assert all("is used 2 times" in group.protected for group in network.groups.values())
