@@ -186,6 +186,19 @@ def test_two_commands_in_one_folder(rlcompress):
         pass
 
 
+def test_a_report_of_a_run_at_work_leaves_the_copy_to_it(rlcompress, searched):
+    """Two that copy at a time could leave the older of two files."""
+    shutil.copytree(searched, "runs/tiny")
+    words = ("report", "tiny", "--set", "storage=kept")
+    with Lock(Path("runs/tiny")):
+        assert rlcompress(*words).code == 0
+        assert Path("runs/tiny/report/index.html").is_file()
+        assert not Path("kept/tiny").exists()
+    assert rlcompress(*words).code == 0
+    assert Path("kept/tiny/report/index.html").is_file()
+    assert not Path("kept/tiny/lock").exists()
+
+
 # --- disks ---------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,25 @@ def test_weights_as_trainers_write_them(rlcompress, wrap):
     assert rlcompress("search", "tiny", "--set", "dense.weights=w.pt").code == 0
 
 
+SHUFFLED = """
+import torch
+from tests.toy import toy_network
+
+def net():
+    model = toy_network()
+    model.register_buffer("perm", torch.randperm(64))
+    return model
+"""
+
+
+def test_constants_that_every_seed_draws_anew(rlcompress):
+    """No file would hold them."""
+    Path("shuffled.py").write_text(SHUFFLED)
+    told = rlcompress("search", "tiny", "--set", "model={factory: 'shuffled:net', args: {}}")
+    assert_told(told, "perm (torch.int64): not what shuffled:net builds")
+    assert not Path("runs").exists()
+
+
 UNLABELLED = """
 from rlcompress.core.data import digits
 

@@ -375,13 +375,14 @@ def test_model_card_front_matter_and_figures() -> None:
                 "bytes": 5432,
                 "container_bytes": 5321,
                 "difference": 2e-7,
-                "accuracy": 0.9,
+                "agreement": 0.995,
+                "validation_accuracy": 0.9,
             }
         },
         "latency": {"1": {"dense": 2.0, "model.onnx": 1.5}},
     }
     card = model_card(PPO, "demo", SPEC, delivered)
-    assert "| model.onnx | 5,432 | 5,321 | 90.00 % | 2.0e-07 |" in card
+    assert "| model.onnx | 5,432 | 5,321 | 90.00 % | 99.50 % | 2.0e-07 |" in card
     assert "| batch 1 | 2.00 | 1.50 |" in card
     bare = model_card(PPO, "demo", SPEC, {"onnx": {}, "latency": {}})
     assert "onnx" not in bare.lower()

@@ -99,8 +99,11 @@ def test_the_onnx_file_is_the_ticket_and_is_timed_against_dense(ran):
         assert about["difference"] < 1e-3
         logits = onnx_logits(file, test.images())
         accuracy = float((logits.argmax(1) == test.labels_N).float().mean())
-        assert accuracy == pytest.approx(about["accuracy"])
         assert accuracy == pytest.approx(ticket["ticket"]["accuracy"], abs=2e-3)
+        # What it says of itself it has from the images that chose the ticket.
+        assert about["agreement"] > 0.99
+        chosen = ticket["validation"][ticket["arm"]]
+        assert about["validation_accuracy"] == pytest.approx(chosen, abs=2e-3)
         latency = json.loads(path.with_name("latency.json").read_text())
         assert latency.keys() == {"1", "64"}
         assert all(times.keys() == {"dense", "model.onnx"} for times in latency.values())
@@ -134,7 +137,9 @@ def test_int8_activations_on_demand(tmp_path, ran):
     for path in (folder / file for file in files if file.name == "model.int8.onnx"):
         about = json.loads(path.with_name("onnx.json").read_text())
         assert about["model.int8.onnx"]["bytes"] == path.stat().st_size
-        assert about["model.int8.onnx"]["accuracy"] > about["model.onnx"]["accuracy"] - 0.1
+        float32, int8 = about["model.onnx"], about["model.int8.onnx"]
+        assert int8["validation_accuracy"] > float32["validation_accuracy"] - 0.1
+        assert 0.8 < int8["agreement"] <= 1
         latency = json.loads(path.with_name("latency.json").read_text())
         assert all("model.int8.onnx" in times for times in latency.values())
 
@@ -231,6 +236,27 @@ def tiny(ran, *overrides: str):
     file = spec.load_experiments(ran[0] / "experiments.yaml")
     experiment = spec.resolve(file, "tiny", list(overrides))
     return Workspace("tiny", experiment, ran[0] / "runs" / "tiny")
+
+
+def test_exported_files_are_judged_without_the_test_split(ran, tmp_path, monkeypatch):
+    from rlcompress.stages import deliver
+
+    shutil.copytree(ran[0], tmp_path / "copy")
+    run = tiny([tmp_path / "copy"])
+    run.data = dataclasses.replace(run.data, test=None)
+    ticket = run.tickets()[0]
+    folder = run.folder / "tickets" / ticket["id"]
+    about = json.loads((folder / "onnx.json").read_text())
+    # What an earlier version measured on the test split is measured anew.
+    (folder / "onnx.json").write_text(json.dumps({"model.onnx": {"bytes": 1, "accuracy": 0.9}}))
+    deliver.export(run, ticket)
+    assert json.loads((folder / "onnx.json").read_text()) == about
+    # Other answers.
+    (folder / "onnx.json").unlink()
+    monkeypatch.setattr(deliver, "onnx_logits", lambda path, images: -onnx_logits(path, images))
+    with pytest.raises(UserError, match=r"% of \d+ validation images get the ticket's answer"):
+        deliver.export(run, ticket)
+    assert not (folder / "model.onnx").exists()
 
 
 def test_progress_says_what_nothing_has_reached_yet(ran, tmp_path):

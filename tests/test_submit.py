@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import threading
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from rlcompress.core.errors import OutsideError, UserError
-from rlcompress.core.files import read_archive
+from rlcompress.core.files import read_archive, save_bytes
 from rlcompress.stages.storage import Storage
 from tests.shell import ROOT, rlcompress
 
@@ -144,6 +145,46 @@ experiments:
         storage.save(run)
         assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == ["x.json", "z"]
         assert (kept / "z").read_text() == "again"
+
+    def test_what_is_at_work_is_not_copied(self, tmp_path):
+        """Its lock and its unfinished files; and a file that is there in one moment and gone in the
+        next keeps nobody from saving."""
+        run, done = tmp_path / "run", threading.Event()
+        (run / "a").mkdir(parents=True)
+        for name in ("lock", "x.json", "x.json.part", "mlflow.db-journal"):
+            (run / name).write_text(name)
+
+        def work() -> None:
+            while not done.is_set():
+                for number in range(20):
+                    save_bytes(run / "a" / f"{number}.json", b"1")
+                for number in range(20):
+                    (run / "a" / f"{number}.json").unlink()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            storage = Storage(str(tmp_path / "kept"), "name")
+            for _ in range(50):
+                storage.save(run)
+        finally:
+            done.set()
+            thread.join()
+        storage.save(run)
+        kept = tmp_path / "kept" / "name"
+        assert [p.name for p in kept.rglob("*") if p.is_file()] == ["x.json"]
+
+    def test_a_copy_takes_the_place_of_the_old_one_when_it_is_whole(self, tmp_path):
+        run, kept = tmp_path / "run", tmp_path / "kept" / "name"
+        run.mkdir()
+        storage = Storage(str(tmp_path / "kept"), "name")
+        (run / "x").write_text("old")
+        storage.save(run)
+        with (kept / "x").open() as reader:
+            (run / "x").write_text("another")
+            storage.save(run)
+            assert reader.read() == "old"
+        assert (kept / "x").read_text() == "another"
 
     def test_a_run_that_went_further_elsewhere_is_not_overwritten(self, tmp_path):
         for name, lines in (("run", "1\n"), ("kept/name", "1\n2\n")):

@@ -2,8 +2,8 @@
 
 Its data (`layout.py`) hold the records, then everything in a row: layer by layer in forward order
 packed codes, scales, biases (the sizes are in `cost.py`); then the batch norms that no layer
-absorbs; then every other float tensor, in the order of the state dict. Integer buffers are left to
-the network's constructor.
+absorbs; then every other float tensor, in the order of the state dict. Integer and complex buffers
+are left to the network's constructor: a network with others is refused.
 
 Batch norms are folded: y = gamma (W x + b - mu) / sigma + beta gives |gamma| / sigma x scale, the
 sign of gamma in the codes, and one bias a channel. Scales and biases take a byte each (`codec.py`).
@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -93,8 +94,10 @@ def pack(
             learned scales are used, and `scales` is for the layers without one)
     bits    layer -> weight bits;  scales  layer -> scale_O
 
-    Raises UserError if a number is not finite, or the manifest does not fit the header.
+    Raises UserError if a number is not finite, the manifest does not fit the header, or the file
+    would lose a tensor (`require_kept`).
     """
+    require_kept(model, network, ref)
     scales = {**scales, **learned_scales(model)}
     modules = dict(model.named_modules())
     place = {name: i for i, name in enumerate(network.modules)}
@@ -214,6 +217,39 @@ def require_rebuilds(ref: ModelRef, network: Network) -> None:
     )
 
 
+def require_kept(model: nn.Module, network: Network, ref: ModelRef) -> None:
+    """Raises UserError if tensors of `model` that are no floats, which no file holds, are others
+    than those of the network that `ref` builds."""
+    mine = _constants(model, network)
+    built = _constants(ref.build(), network) if mine else {}
+    lost = [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in mine.items()
+        if name not in built
+        or built[name].dtype != tensor.dtype
+        or not torch.equal(built[name], tensor.cpu())
+    ]
+    if lost:
+        raise UserError(
+            f"{', '.join(lost)}: not what {ref.factory} builds; a file holds floats and leaves all "
+            "else to the constructor; allowed: the same values whatever the seed and the training"
+        )
+
+
+def _constants(model: nn.Module, network: Network) -> dict[str, torch.Tensor]:
+    """Name in the state dict -> tensor that is no float, of what the output depends on."""
+    known, unused = {*network.modules}, tuple(f"{name}." for name in network.unused)
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not tensor.is_floating_point()
+        # Read in training alone.
+        and not name.endswith("num_batches_tracked")
+        and name.rpartition(".")[0] in known
+        and not name.startswith(unused)
+    }
+
+
 def _skeleton(ref: ModelRef) -> nn.Module | None:
     """The network without memory; None if its constructor needs real numbers."""
     try:
@@ -226,16 +262,25 @@ def _skeleton(ref: ModelRef) -> nn.Module | None:
 
 
 def _whole(model: nn.Module) -> bool:
-    """Whether nothing is left without memory: the constructor's own constants would be."""
-    return not any(
-        isinstance(value, torch.Tensor) and value.is_meta
-        for module in model.modules()
-        for value in (
-            *module._parameters.values(),
-            *module._buffers.values(),
-            *vars(module).values(),
-        )
-    )
+    """Whether nothing is left without memory: the constructor's own constants would be, in whatever
+    lists, dicts and objects the network keeps them."""
+    stack: list[Any] = [model]
+    seen: dict[int, Any] = {}  # the values too: an id may be used again
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            if value.is_meta:
+                return False
+            continue
+        if id(value) in seen or isinstance(value, type | ModuleType):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            stack += value
+        stack += getattr(value, "__dict__", {}).values()
+    return True
 
 
 @dataclass

@@ -15,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from rlcompress.core.attention import Attention
 from rlcompress.core.calls import layer_weights
@@ -39,11 +40,13 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     Fang et al., 2023).
 
     Raises UserError if it cannot be run, does not return one tensor, has no layer, is not in
-    float32, or computes layers that its output does depend on without gradients.
+    float32, has complex parameters, or computes layers that its output does depend on without
+    gradients.
     """
     weights = layer_weights(model)
-    _refuse_shared(weights)
+    _refuse_shared(model)
     _refuse_other_types(weights)
+    _refuse_complex(model)
     with borrowed(model):
         return _read_and_checked(model, example, round_to)
 
@@ -77,11 +80,18 @@ def require_logits(model: nn.Module, example: torch.Tensor, classes: int) -> Non
         )
 
 
-def _refuse_shared(weights: dict[str, torch.Tensor]) -> None:
-    names: dict[int, str] = {}
-    for name, weight in weights.items():
-        if (other := names.setdefault(id(weight), name)) != name:
-            raise UserError(f"layers {other!r} and {name!r} share one weight: not supported")
+def _refuse_shared(model: nn.Module) -> None:
+    """Whoever else holds a layer's numbers would compute with those that the file rounds."""
+    layers = {*layer_weights(model)}
+    holders: dict[int, tuple[str, bool]] = {}  # memory -> its name, whether a layer's
+    # Each module once: one under several names shares nothing.
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            mine, own = f"{name}.{leaf}".lstrip("."), name in layers
+            memory = id(parameter) if is_lazy(parameter) else parameter.data_ptr() or id(parameter)
+            other, others = holders.setdefault(memory, (mine, own))
+            if other != mine and (own or others):
+                raise UserError(f"{other!r} and {mine!r} share one parameter: not supported")
 
 
 def _refuse_other_types(weights: dict[str, torch.Tensor]) -> None:
@@ -90,6 +100,15 @@ def _refuse_other_types(weights: dict[str, torch.Tensor]) -> None:
             raise UserError(
                 f"layer {name!r} has weights of {weight.dtype}; "
                 "allowed: torch.float32, as model.float() makes them"
+            )
+
+
+def _refuse_complex(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise UserError(
+                f"parameter {name!r} is of {parameter.dtype}, which no file holds; "
+                "allowed: a real one, read by torch.view_as_complex in forward"
             )
 
 
@@ -288,20 +307,24 @@ def _protect(network: Network, names: Sequence[str], reason: str) -> Network:
 
 
 def _agrees(model: nn.Module, network: Network, names: Sequence[str], x: torch.Tensor) -> bool:
-    """Whether cutting half of the channels of these groups computes what masking them does."""
+    """Whether cutting half of the channels of these groups computes what masking them does: half
+    of them at random, and the first half, which falls on one side of whatever splits them."""
     rng = np.random.default_rng(0)
-    kept = {}
-    for name in names:
-        channels = network.groups[name].channels
-        kept[name] = np.zeros(channels, dtype=bool)
-        kept[name][rng.permutation(channels)[: max(1, channels // 2)]] = True
-    try:
-        small = cut(model, network, kept)(x)
-    except Exception:
-        return False  # whatever a wrongly cut network raises
-    wanted = masked(model, network, kept)(x)
-    limit = TOLERANCE * wanted.abs().max()
-    return small.shape == wanted.shape and bool((small - wanted).abs().max() <= limit)
+    for order in (rng.permutation, np.arange):
+        kept = {}
+        for name in names:
+            channels = network.groups[name].channels
+            kept[name] = np.zeros(channels, dtype=bool)
+            kept[name][order(channels)[: max(1, channels // 2)]] = True
+        try:
+            small = cut(model, network, kept)(x)
+        except Exception:
+            return False  # whatever a wrongly cut network raises
+        wanted = masked(model, network, kept)(x)
+        limit = TOLERANCE * wanted.abs().max()
+        if small.shape != wanted.shape or not bool((small - wanted).abs().max() <= limit):
+            return False
+    return True
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlcompress.core.errors import UserError
 from rlcompress.live import console, json_only, noise_to, print_json
@@ -75,16 +74,30 @@ def _ahead(run: Workspace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _working(run: Workspace, lock: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Under the lock the libraries' messages go to the log, and a copy to `storage`, however it
-    ends."""
+def _working(run: Workspace, lock: Lock | None) -> Iterator[None]:
+    """The libraries' messages go to the log, and a copy to `storage`, however it ends; under the
+    lock, or without one where another command holds it and makes the copy."""
+    with lock or contextlib.nullcontext():
+        try:
+            with noise_to(run.log()):
+                if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # this is a Ray job
+                    jobs = importlib.import_module("rlcompress.rl.jobs")
+                    jobs.publish(run.folder, run.experiment.ppo)
+                yield
+        finally:
+            if lock is not None:
+                run.keep()
+            elif run.storage is not None:
+                _keep_if_idle(run)
+
+
+def _keep_if_idle(run: Workspace) -> None:
+    """Two that copy at a time could leave the older of two files."""
     try:
-        with lock, noise_to(run.log()):
-            if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # this is a Ray job
-                jobs = importlib.import_module("rlcompress.rl.jobs")
-                jobs.publish(run.folder, run.experiment.ppo)
-            yield
-    finally:
+        lock = Lock(run.folder)
+    except UserError:
+        return  # who holds it copies at its end
+    with lock:
         run.keep()
 
 
@@ -189,7 +202,7 @@ class Run:
         from rlcompress.report.page import write_report
 
         # Without the lock: one may look at a run at work.
-        with _working(w, contextlib.nullcontext()):
+        with _working(w, None):
             page = write_report(w.folder)
         console.print(page)
 

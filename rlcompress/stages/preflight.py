@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from rlcompress.core.artifact import require_kept
 from rlcompress.core.data import BUILT_IN as DATA
 from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.files import read_json
@@ -78,9 +79,14 @@ def _network(run: Workspace, problems: Problems, *, searches: bool) -> None:
         return
     if searches:
         problems.none_in(run.require_reachable)
-    if e.dense.weights and not _loaded(run):
-        model = run.ref.build(e.seed)
-        problems.none_in(lambda: load_weights(model, Path(e.dense.weights or "")))
+    model = run.ref.build(e.seed + 1)  # of the control `fresh`; files are read with seed 0
+    problems.none_in(lambda: require_kept(model, run.structure, run.ref))
+    if (
+        e.dense.weights
+        and not _loaded(run)
+        and problems.none_in(lambda: load_weights(model, Path(e.dense.weights or "")))
+    ):
+        problems.none_in(lambda: require_kept(model, run.structure, run.ref))
 
 
 def _made(run: Workspace, *, searches: bool) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from rlcompress.core.errors import OutsideError, UserError, first_line
 
 #: What grows as a run goes on.
 _ARCHIVE = Path("search") / "archive.jsonl"
+#: How the names end of what is not whole yet, here or there.
+_UNFINISHED = (".part", "-journal")
 
 
 class Storage:
@@ -23,6 +27,7 @@ class Storage:
 
     def __init__(self, uri: str, name: str) -> None:
         self.uri = f"{uri.rstrip('/')}/{name}"
+        self._mine = uuid.uuid4().hex[:8]
         self._known: dict[Path, tuple[int, int]] = {}
         with self._clear():
             if "://" in uri:
@@ -54,27 +59,53 @@ class Storage:
             elif self._files.get_file_info(self._root).type == FileType.Directory:
                 folder.mkdir(parents=True, exist_ok=True)
                 copy_files(self._root, str(folder.absolute()), self._files, LocalFileSystem())
+                for left in folder.rglob("*.part"):  # by a machine that stopped while it saved
+                    left.unlink()
                 self._known = _state(folder)
 
     def save(self, folder: Path) -> None:
-        """Copies the files that changed since the last time."""
+        """Copies the files that changed since the last time, each whole or not at all."""
         now = _state(folder)
         with self._clear():
-            for path, state in now.items():
-                if self._known.get(path) != state:
-                    target = f"{self._root}/{path.as_posix()}"
-                    self._files.create_dir(target.rpartition("/")[0], recursive=True)
-                    source = str((folder / path).absolute())
-                    copy_files(source, target, LocalFileSystem(), self._files)
+            for path, state in list(now.items()):
+                if self._known.get(path) == state:
+                    continue
+                try:
+                    self._copy(folder / path, f"{self._root}/{path.as_posix()}")
+                except FileNotFoundError:
+                    if (folder / path).exists():
+                        raise
+                    del now[path]  # gone in the meantime
+                else:
                     self._known[path] = state
             for path in self._known.keys() - now.keys():
                 with contextlib.suppress(FileNotFoundError):
                     self._files.delete_file(f"{self._root}/{path.as_posix()}")
         self._known = now
 
+    def _copy(self, source: Path, target: str) -> None:
+        """By another name, which no other process that saves here uses."""
+        part = f"{target}.{self._mine}.part"
+        self._files.create_dir(target.rpartition("/")[0], recursive=True)
+        try:
+            copy_files(str(source.absolute()), part, LocalFileSystem(), self._files)
+            self._files.move(part, target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._files.delete_file(part)
+            raise
+
 
 def _state(folder: Path) -> dict[Path, tuple[int, int]]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {
-        path.relative_to(folder): (path.stat().st_size, path.stat().st_mtime_ns) for path in files
-    }
+    """File -> size and time of its last change, of all that is to be kept; other processes may be
+    at work in the folder."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            if name == "lock" or name.endswith(_UNFINISHED):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                found[path.relative_to(folder)] = (about.st_size, about.st_mtime_ns)
+    return found

@@ -193,7 +193,7 @@ def _judge(
     if size != cost.bytes:
         raise AssertionError(f"{folder}: {size} bytes on disk, {cost.bytes} in closed form")
     shutil.copyfile(folder / f"{best}.safetensors", folder / "weights.safetensors")
-    # The only place that reads the test split.
+    # The only place of `run` that reads the test split: nothing is chosen by it.
     test_logits = logits_of(dense, run.data.test)
     dense_cost = evaluator.costs.cost(Schedule())
     tested = {name: measure(arms[name].model, run.data.test, test_logits, cost) for name in names}

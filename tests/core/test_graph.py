@@ -135,6 +135,25 @@ class Tied(nn.Module):
         return self.two(self.one(x))
 
 
+class TiedTo(nn.Module):
+    """A linear layer whose weight is the parameter of something that is no layer."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 4)
+        self.other = make(self.fc.weight)
+
+    def forward(self, x):
+        (shared,) = self.other.parameters()
+        return self.fc(self.conv(x).mean((2, 3)) + shared[0])
+
+
+def embedding(weight):
+    other = nn.Embedding(4, 4)
+    other.weight = weight
+    return other
+
+
 class Sees(nn.Module):
     """Reads the weight of a layer that it never calls; sums over channels behind another; carries
     a head that only training uses; and looks at the data before it decides."""
@@ -172,6 +191,27 @@ def test_a_head_of_zeros_hides_no_wrong_cut():
     assert "changes what other channels compute" in protected
 
 
+class Halved(nn.Module):
+    """Each half of a convolution's channels is read by a convolution of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.one, self.two = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        one, two = torch.relu(self.norm(self.conv(x))).chunk(2, 1)
+        return self.head((self.one(one) + self.two(two)).mean((2, 3)))
+
+
+def test_halves_that_are_read_apart_are_not_cut():
+    """As many of each half may be left, by chance: that says nothing of others."""
+    groups = build_network(Halved().eval(), EXAMPLE).groups
+    assert groups["conv"].protected == "a cut there changes what other channels compute"
+    assert groups["one"].protected == ""
+
+
 def test_a_layer_that_is_used_twice_is_not_cut():
     network = build_network(nn.Sequential(nn.Conv2d(4, 4, 1), Twice(), nn.Conv2d(4, 2, 1)), EXAMPLE)
     assert all("is used 2 times" in group.protected for group in network.groups.values())
@@ -193,7 +233,13 @@ def test_channels_of_a_layer_norm_are_not_cut():
         (nn.Sequential(nn.ReLU()), "no Conv2d or Linear"),
         (nn.Sequential(nn.Conv2d(5, 2, 3)), r"cannot be run on an input of shape \(1, 4, 8, 8\)"),
         (Pair(), "returns a tuple"),
-        (nn.Sequential(nn.Conv2d(4, 4, 3), Tied()), "share one weight"),
+        (
+            nn.Sequential(nn.Conv2d(4, 4, 3), Tied()),
+            r"^'1.one.weight' and '1.two.weight' share one parameter: not supported$",
+        ),
+        (TiedTo(embedding), "'fc.weight' and 'other.weight' share"),
+        (TiedTo(lambda w: nn.Embedding(4, 4, _weight=w)), "'fc.weight' and 'other.weight' share"),
+        (TiedTo(lambda weight: nn.ParameterList([weight])), "'fc.weight' and 'other.0' share"),
     ],
 )
 def test_refused_networks(model, says):
