@@ -21,7 +21,7 @@ from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Data, Split, build_data
 from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.evaluate import Evaluator, build_evaluator
-from rlcompress.core.files import read_archive, read_json, save_json
+from rlcompress.core.files import read_archive, read_json, save_bytes, save_json
 from rlcompress.core.graph import Network
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.problem import Bundle, Problem, make_bundle, pick_device
@@ -104,13 +104,23 @@ class Workspace:
 
     def set_aside(self, path: Path) -> None:
         """Moves what was made from other options out of the way; nothing is deleted."""
+        aside = self._aside(path)
+        path.rename(aside)
+        console.print(f"{path} was made from other options: it is now {aside}")
+
+    def copy_aside(self, path: Path) -> None:
+        """As `set_aside`, of a file that only in part was made from other options."""
+        aside = self._aside(path)
+        save_bytes(aside, path.read_bytes())
+        console.print(f"{path} was made from other options in part: all of it is now {aside}")
+
+    def _aside(self, path: Path) -> Path:
         folder = self.folder / "set-aside"
         folder.mkdir(exist_ok=True)
         number = 1
         while (aside := folder / f"{path.name}.{number}").exists():
             number += 1
-        path.rename(aside)
-        console.print(f"{path} was made from other options: it is now {aside}")
+        return aside
 
     def exchange(self, folder: Path, marker: str, inputs: str) -> None:
         """Sets aside what other inputs made in `folder`, and brings back what these once made;
