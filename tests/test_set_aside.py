@@ -14,6 +14,7 @@ from rlcompress.core.files import read_archive, read_json, read_lines
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
 from rlcompress.core.policy import Policy, PolicyShape, save_policy
 from rlcompress.stages import Workspace
+from rlcompress.stages.dense import train_dense
 from rlcompress.stages.policies import begin_with
 from rlcompress.stages.search import search_all
 
@@ -95,3 +96,29 @@ def test_nothing_is_lost_where_setting_aside_is_cut_off(tiny, monkeypatch, cut_o
     assert [json.loads(line)["evaluation"] for line in now] == [1, 2, 3]
     assert old[0] == before
     assert read_json(run.folder / "search" / "untrained.done") == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "changed"),
+    [
+        ("search.bits=[3, 5]", "bits"),
+        ("search.clip=mse", "clip"),
+        ("calibration.positions=32", "quantize_solved"),
+        ("seed=1", "importance"),
+    ],
+)
+def test_estimates_are_those_of_the_options_whoever_made_them(tiny, option, changed):
+    """`tune`, a zoo and a judgement make them too, and claim no search of theirs."""
+    made = tiny().bundle.estimates
+    run = tiny(option)
+    train_dense(run)
+    ours = run.bundle.estimates
+    assert told(getattr(ours, changed)) != told(getattr(made, changed))
+    assert told(vars(tiny(option).bundle.estimates)) == told(vars(ours))
+    search_all(run)
+    assert run.problem.bits == run.experiment.search.bits
+
+
+def told(value: object) -> str:
+    """All numbers of a table of arrays."""
+    return json.dumps(value, default=lambda array: array.tolist(), sort_keys=True)

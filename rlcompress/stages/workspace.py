@@ -159,6 +159,14 @@ class Workspace:
         """What the dense network depends on."""
         return f"{spec_hash(self.experiment, *DENSE_INPUTS)}{self._weights()}"
 
+    def estimate_inputs(self) -> str:
+        """What the estimates depend on: whoever needs them first makes them, also outside a search
+        and so before its folder is claimed."""
+        parts = {"keeps", "bits", "clip", "round_to"}
+        search = self.experiment.search.model_dump(mode="json", include=parts)
+        hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration")
+        return f"{hashed}{self._weights()} {json.dumps(search, sort_keys=True)}"
+
     def search_inputs(self) -> str:
         """All that gives a measurement or a proposal its meaning; not how many there are."""
         # Without defaults: a new option orphans no old search.
@@ -259,12 +267,12 @@ class Workspace:
         path = self.folder / "search" / "estimates.safetensors"
         if path.exists():
             with _readable(path):
-                known = Estimates.load(path)
+                known = Estimates.load(path, self.estimate_inputs())
             if known is not None:
                 return self.bundle_of(dense, known)
         estimates = self.estimate(dense)
         path.parent.mkdir(parents=True, exist_ok=True)
-        estimates.save(path)
+        estimates.save(path, self.estimate_inputs())
         return self.bundle_of(dense, estimates)
 
     def bundle_of(self, dense: nn.Module, estimates: Estimates) -> Bundle:
