@@ -13,10 +13,13 @@ from rlcompress import spec
 from rlcompress.core.files import read_archive, read_json, read_lines
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
 from rlcompress.core.policy import Policy, PolicyShape, save_policy
+from rlcompress.core.tensors import load_tensors
+from rlcompress.live import Stage
 from rlcompress.stages import Workspace
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.policies import begin_with
 from rlcompress.stages.search import search_all
+from tests.mistakes import contents
 
 
 @pytest.fixture
@@ -122,3 +125,39 @@ def test_estimates_are_those_of_the_options_whoever_made_them(tiny, option, chan
 def told(value: object) -> str:
     """All numbers of a table of arrays."""
     return json.dumps(value, default=lambda array: array.tolist(), sort_keys=True)
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["ours", "an older version's"])
+def test_a_dense_network_comes_back_behind_one_that_was_cut_off(tiny, monkeypatch, marked):
+    dense = Path("runs/tiny/dense")
+    if not marked:
+        (dense / "inputs.json").unlink()
+    before, other = contents(dense), tiny("seed=1", "dense.epochs=3")
+
+    def interrupt(shown: Stage, done: int, text: str) -> None:
+        if done == 2:
+            raise InterruptedRunError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "update", interrupt)
+        with pytest.raises(InterruptedRunError):
+            train_dense(other)
+    assert load_tensors(dense / "checkpoint.safetensors")[1]["epoch"] == 1
+    if not marked:
+        (dense / "inputs.json").unlink()
+
+    metrics = train_dense(tiny())
+    assert contents(dense) == before
+    assert metrics == read_json(dense / "metrics.json")
+    seen: list[int] = []
+    if marked:
+        with monkeypatch.context() as patched:
+            patched.setattr(Stage, "update", lambda shown, done, text: seen.append(done))
+            train_dense(other)
+        assert seen == [2, 3]
+        train_dense(tiny())
+        assert contents(dense) == before

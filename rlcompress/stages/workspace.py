@@ -40,6 +40,8 @@ from rlcompress.stages.weights import digest_of_file, load_weights
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
 MEASUREMENTS = "7"
 DENSE_INPUTS = ("model", "data", "dense", "seed")
+#: Of a folder: names what its content is made from.
+MARKER = "inputs.json"
 
 
 def cores() -> int:
@@ -122,28 +124,31 @@ class Workspace:
             number += 1
         return aside
 
-    def exchange(self, folder: Path, marker: str, inputs: str) -> None:
-        """Sets aside what other inputs made in `folder`, and brings back what these once made;
-        `marker`: the file there that names them."""
+    def exchange(self, folder: Path, inputs: str, result: str = MARKER) -> None:
+        """Sets aside what other inputs made in `folder`, and brings back what these once made.
+        `result`: a file there that names them too, all that older versions wrote."""
 
-        def is_ours(place: Path) -> bool:
-            path = place / marker
-            return path.exists() and bool(read_json(path)["inputs"] == inputs)
+        def inputs_of(place: Path) -> str | None:
+            paths = (path for path in (place / MARKER, place / result) if path.exists())
+            return next((str(read_json(path)["inputs"]) for path in paths), None)
 
-        if (folder / marker).exists() and not is_ours(folder):
+        there = inputs_of(folder)
+        if there == inputs:
+            return
+        asides = sorted((self.folder / "set-aside").glob(f"{folder.name}.*"))
+        ours = next((aside for aside in asides if inputs_of(aside) == inputs), None)
+        # Nobody's may be ours: it stays if there is no other.
+        if folder.exists() and (there is not None or ours is not None):
             self.set_aside(folder)
-        if not folder.exists():
-            for aside in sorted((self.folder / "set-aside").glob(f"{folder.name}.*")):
-                if is_ours(aside):
-                    aside.rename(folder)
-                    console.print(f"{aside} was made from these options: it is {folder} again")
-                    return
+        if ours is not None:
+            ours.rename(folder)
+            console.print(f"{ours} was made from these options: it is {folder} again")
 
-    def claim(self, folder: Path, inputs: str) -> None:
+    def claim(self, folder: Path, inputs: str, result: str = MARKER) -> None:
         """Makes `folder` for results of these inputs; what others left there is set aside."""
-        self.exchange(folder, "inputs.json", inputs)
+        self.exchange(folder, inputs, result)
         folder.mkdir(parents=True, exist_ok=True)
-        save_json(folder / "inputs.json", {"inputs": inputs})
+        save_json(folder / MARKER, {"inputs": inputs})
 
     def weights_digest(self) -> str:
         """What `dense.weights` holds, in twelve hex digits: the file may change under its name.
