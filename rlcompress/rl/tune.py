@@ -100,7 +100,8 @@ def trial(
         else:
             for file, content in begun.get(digest(config), {}).items():
                 (folder / file).write_bytes(content)
-            (folder / "options.json").write_text(json.dumps(dict(config)))
+        # A checkpoint may be another trial's, with its options.
+        (folder / "options.json").write_text(json.dumps(dict(config)))
         records = read_archive(folder / "archive.jsonl")
         # What an earlier call's driver was not told before it ended is told again.
         sent = 0 if checkpoint is None else len(records)
