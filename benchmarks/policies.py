@@ -77,7 +77,7 @@ def held_out_policy(network: str, seed: int, episodes: int = 0, *, quick: bool =
         policy = new_policy(ppo.hidden)
         if episodes:
             run.experiment = run.experiment.model_copy(update={"seed": seed})
-            policy = play_zoo(run, chosen, sampled, learned, folder, episodes)
+            policy, episodes = play_zoo(run, chosen, sampled, learned, folder, episodes)
         about = {"networks": list(chosen), "seed": seed, "episodes": episodes}
         save_policy(folder, policy, {**about, **environment_options(ppo)})
         (folder / "done").touch()

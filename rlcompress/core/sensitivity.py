@@ -89,20 +89,21 @@ class Estimates:
     output_kl: Mapping[str, np.ndarray]
     clip: Mapping[str, np.ndarray]
 
-    def save(self, path: Path) -> None:
-        """safetensors; read back by `load`, bit for bit."""
+    def save(self, path: Path, inputs: str = "") -> None:
+        """safetensors; read back by `load`, bit for bit. `inputs` names what they were made of."""
         tensors = {
             f"{name}/{key}": torch.from_numpy(np.ascontiguousarray(value))
             for name in _TABLES
             for key, value in getattr(self, name).items()
         }
-        save_tensors(path, tensors, version=_VERSION, keeps=self.keeps, bits=self.bits)
+        about = {"version": _VERSION, "keeps": self.keeps, "bits": self.bits}
+        save_tensors(path, tensors, **about, **({"inputs": inputs} if inputs else {}))
 
     @classmethod
-    def load(cls, path: Path) -> Estimates | None:
-        """None if an older version wrote them."""
+    def load(cls, path: Path, inputs: str = "") -> Estimates | None:
+        """None if an older version wrote them, or they were made of something else."""
         tensors, about = load_tensors(path)
-        if about.get("version") != _VERSION:
+        if about.get("version") != _VERSION or about.get("inputs", "") != inputs:
             return None
         tables: dict[str, dict[str, np.ndarray]] = {name: {} for name in _TABLES}
         for name, tensor in tensors.items():

@@ -15,7 +15,8 @@ from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.policy import Policy, PolicyShape, save_policy
+from rlcompress.core.observation import OBSERVATION_VERSION
+from rlcompress.core.policy import Policy, PolicyShape, load_policy, save_policy
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.rl.environment import RECORDS, CompressionCallbacks
 from rlcompress.rl.module import PolicyModule
@@ -33,6 +34,13 @@ def episodes_of(ppo: PPOSpec, most: int) -> int:
     each, not above `most`."""
     lanes = max(1, ppo.num_env_runners) * ppo.num_envs_per_env_runner
     return lanes * max(1, min(-(-ppo.episodes_per_iteration // lanes), most // lanes))
+
+
+def within(ppo: PPOSpec, most: int) -> PPOSpec:
+    """The settings with no more environments than there are episodes to play."""
+    runners = min(ppo.num_env_runners, most)
+    each = min(ppo.num_envs_per_env_runner, most // max(1, runners))
+    return ppo.model_copy(update={"num_env_runners": runners, "num_envs_per_env_runner": each})
 
 
 def config(
@@ -172,6 +180,13 @@ def playing(settings: PPOConfig) -> Iterator[tuple[PPO, Callable[[], Iteration]]
             os.rmdir(algorithm.logdir)  # of nobody's use, empty, in ~/ray_results
 
 
+def saved_policy(folder: Path, played: int) -> Policy | None:
+    """Of a training that was cut off after some episodes, the policy to go on with."""
+    if not played or not (folder / "policy.json").exists():
+        return None
+    return load_policy(folder, OBSERVATION_VERSION)[0]
+
+
 def learn(
     settings: PPOConfig,
     shape: PolicyShape,
@@ -181,12 +196,14 @@ def learn(
     folder: Path,
     about: Mapping[str, Any],
     on_iteration: Callable[[dict[str, Any]], None],
+    played: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Plays `episodes` in iterations of `batch` and yields what each sent. After each iteration the
-    policy is saved in `folder` and `on_iteration` gets a row of the learning curve."""
-    count = 0
+    """Plays on from `played` to `episodes` in whole iterations of `batch`, at least one, and yields
+    what each sent. After each iteration the policy is saved in `folder`, with the episodes up to
+    there, and `on_iteration` gets a row of the learning curve."""
+    count, rows = played, list[dict[str, Any]]()
     with playing(settings) as (algorithm, iteration):
-        while count + batch <= episodes:
+        while not rows or count + batch <= episodes:
             result, rows = iteration()
             count += len(rows)
             yield from rows

@@ -17,7 +17,7 @@ from rlcompress.core.process import settle_process
 from rlcompress.core.schedule import Record
 from rlcompress.core.training import Training
 from rlcompress.rl.cluster import start_ray
-from rlcompress.rl.config import arrays, config, episodes_of, learn, record_of
+from rlcompress.rl.config import arrays, config, episodes_of, learn, record_of, saved_policy, within
 from rlcompress.rl.play import environment_options, policy_shape
 from rlcompress.schema import PPOSpec
 
@@ -50,34 +50,41 @@ def train(
     episodes: int,
     seed: int,
     folder: Path,
+    played: int = 0,
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[Record]:
     """Trains a policy for some episodes and yields the training runs that it played. It starts
     from `training.agent`'s, of `Compression-v0` or of here, if that was trained, and is saved in
-    `folder` after every iteration.
+    `folder` after every iteration. Cut off after `played` episodes, it goes on from there.
     """
-    start_ray(ppo)
-    register_env(REGISTERED, make)
     if training.agent.policy is not None:
         ppo = ppo.model_copy(update={"temperature": training.agent.temperature})
     options = {"target": target, **environment_options(ppo)}
     env = gym.make(DYNAMIC_ENVIRONMENT, training=training, **options)
     policy = training.agent.policy or Policy(policy_shape(env, ppo.hidden))
+    lanes = within(ppo, episodes)
+    batch = episodes_of(lanes, episodes)
+    if (saved := saved_policy(folder, played)) is not None:
+        if played + batch > episodes:
+            return
+        policy = saved
+    start_ray(ppo)
+    register_env(REGISTERED, make)
     shape = policy.shape
     if training.agent.learned is not None:
         folder.mkdir(parents=True, exist_ok=True)
         training.agent.learned.save(folder / LEARNED)
-    batch = episodes_of(ppo, episodes)
     algorithm_config = config(
-        ppo,
+        lanes,
         shape,
         arrays(policy),
         environment=REGISTERED,
-        env_config={"training": ray.put(training), "seed": [seed, 0], "options": options},
+        env_config={"training": ray.put(training), "seed": [seed, played], "options": options},
         spaces=env,
         steps=training.pace.rounds * len(training.network.layers),
         episodes=batch,
-        seed=seed,
+        # `played` tells restarts apart.
+        seed=seed + 1000 * played,
     )
     rows = learn(
         algorithm_config,
@@ -87,6 +94,7 @@ def train(
         folder=folder,
         about={"seed": seed, **environment_options(ppo)},
         on_iteration=on_iteration,
+        played=played,
     )
-    for count, info in enumerate(rows, start=1):
+    for count, info in enumerate(rows, start=played + 1):
         yield record_of(info, seed, count)

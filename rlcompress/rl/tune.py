@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from rlcompress.schema import PPOSpec, SpaceSpec, TuneSpec
 from rlcompress.searchers import Settings
 
 METRIC = "hypervolume"
+#: Of a trial's options: how often these were drawn before it.
+REPEAT = "repeat"
 KL_FLOOR = 1e-4
 #: Where a front of no use begins: a KL of 1 nat.
 _REFERENCE_KL = 0.0
@@ -73,6 +76,37 @@ def digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
+class Repeats:
+    """Counts how often options were drawn."""
+
+    def __init__(self) -> None:
+        self._drawn: Counter[str] = Counter()
+
+    def number(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The same options with the next number of theirs; the first have none."""
+        config.pop(REPEAT, None)
+        name = digest(config)
+        if self._drawn[name]:
+            config[REPEAT] = self._drawn[name]
+        self._drawn[name] += 1
+        return config
+
+
+class Draws(BasicVariantGenerator):  # type: ignore[misc]
+    """Tune's own generator. What a choice gives once more is a search of its own: `REPEAT` among
+    its options sets its name and its random numbers apart."""
+
+    def __init__(self, seed: int, repeats: Repeats) -> None:
+        super().__init__(random_state=seed)
+        self._repeats = repeats
+
+    def next_trial(self) -> Any:
+        trial = super().next_trial()
+        if trial is not None:
+            self._repeats.number(trial.config)
+        return trial
+
+
 def trial(
     config: Mapping[str, Any],
     *,
@@ -92,7 +126,8 @@ def trial(
     spec = PPOSpec.model_validate({**known["ppo"], **changes})
     target = tuple(config.get("search.target", known["target"]))
     floor = problem.dense.accuracy - config.get("ticket.floor", known["floor"]) / 100
-    settings = Settings(known["evaluations"], target, known["seed"], known["sensitivity"])
+    seed = known["seed"] + config.get(REPEAT, 0)
+    settings = Settings(known["evaluations"], target, seed, known["sensitivity"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if (checkpoint := tune.get_checkpoint()) is not None:
@@ -100,7 +135,8 @@ def trial(
         else:
             for file, content in begun.get(digest(config), {}).items():
                 (folder / file).write_bytes(content)
-            (folder / "options.json").write_text(json.dumps(dict(config)))
+        # A checkpoint may be another trial's, with its options.
+        (folder / "options.json").write_text(json.dumps(dict(config)))
         records = read_archive(folder / "archive.jsonl")
         # What an earlier call's driver was not told before it ended is told again.
         sent = 0 if checkpoint is None else len(records)
@@ -134,7 +170,7 @@ def trial(
                 report()
 
 
-def scheduler(spec: TuneSpec, evaluations: int) -> TrialScheduler | None:
+def scheduler(spec: TuneSpec, evaluations: int, repeats: Repeats) -> TrialScheduler | None:
     """ASHA stops the worse half at each rung; PBT lets the worst go on from the best."""
     if spec.scheduler == "asha":
         return ASHAScheduler(
@@ -154,6 +190,7 @@ def scheduler(spec: TuneSpec, evaluations: int) -> TrialScheduler | None:
             hyperparam_mutations={
                 key: domain(space) for key, space in spec.space.items() if space.grid is None
             },
+            custom_explore_fn=repeats.number,
         )
     return None
 
@@ -193,13 +230,14 @@ def run(
             + [{"CPU": 1.0, "GPU": known["ppo"]["num_gpus_per_env_runner"]}] * spec.runners
         ),
     )
+    repeats = Repeats()
     tuner = tune.Tuner(
         trainable,
         param_space={key: domain(space) for key, space in spec.space.items()},
         tune_config=tune.TuneConfig(
-            num_samples=spec.trials,
-            scheduler=scheduler(spec, int(known["evaluations"])),
-            search_alg=BasicVariantGenerator(random_state=int(known["seed"])),
+            num_samples=spec.draws,
+            scheduler=scheduler(spec, int(known["evaluations"]), repeats),
+            search_alg=Draws(int(known["seed"]), repeats),
         ),
         run_config=tune.RunConfig(
             name=f"trials-{len(list(folder.glob('trials-*'))) + 1}",

@@ -15,7 +15,7 @@ from ray.tune.registry import register_env
 from rlcompress.core.policy import Policy
 from rlcompress.core.problem import Bundle, Member
 from rlcompress.rl.cluster import problem_of, start_ray
-from rlcompress.rl.config import arrays, config, episodes_of, learn
+from rlcompress.rl.config import arrays, config, episodes_of, learn, saved_policy, within
 from rlcompress.rl.play import environment_options
 from rlcompress.schema import PPOSpec
 
@@ -56,21 +56,28 @@ def train(
     held: int,
     seed: int,
     folder: Path,
+    played: int = 0,
     on_iteration: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Iterator[dict[str, Any]]:
     """Goes on with `policy` for some episodes and yields what each found: network, schedule,
-    measurement, target, return. The policy is saved in `folder` after every iteration."""
+    measurement, target, return. The policy is saved in `folder` after every iteration; cut off
+    after `played` episodes, it goes on with that."""
+    lanes = within(ppo, episodes)
+    batch = episodes_of(lanes, episodes)
+    if (saved := saved_policy(folder, played)) is not None:
+        if played + batch > episodes:
+            return
+        policy = saved
     start_ray(ppo)
     register_env(REGISTERED, make)
     first = bundles[0].estimates
     actions = len(first.keeps) * len(first.bits)
     options = {**environment_options(ppo), "explore": ppo.explore}
     spaces = gym.make(ZOO_ENVIRONMENT, members=[], problems={}, actions=actions, **options)
-    batch = episodes_of(ppo, episodes)
     references = {m.name: ray.put(b) for m, b in zip(members, bundles, strict=True)}
     layers = [len(bundle.network.layers) for bundle in bundles]
     settings = config(
-        ppo,
+        lanes,
         policy.shape,
         arrays(policy),
         environment=REGISTERED,
@@ -79,13 +86,14 @@ def train(
             "bundles": references,
             "held": held,
             "actions": actions,
-            "seed": [seed, 0],
+            "seed": [seed, played],
             "options": options,
         },
         spaces=spaces,
         steps=round(sum(layers) / len(layers)),
         episodes=batch,
-        seed=seed,
+        # `played` tells restarts apart.
+        seed=seed + 1000 * played,
         whole=True,
     )
     yield from learn(
@@ -96,4 +104,5 @@ def train(
         folder=folder,
         about={"seed": seed, **environment_options(ppo)},
         on_iteration=on_iteration,
+        played=played,
     )

@@ -93,7 +93,9 @@ class TuneSpec(Section):
     space: Annotated[dict[str, SpaceSpec], AfterValidator(_space)] = Field(
         {}, description="option -> grid, choice, uniform or loguniform"
     )
-    trials: int = Field(4, ge=1, description="draws, of each point of the grids")
+    trials: int = Field(
+        4, ge=1, description="draws, of each point of the grids; without random options one"
+    )
     trial_episodes: int | None = Field(
         None, ge=1, description="schedules a trial measures; null = search.episodes"
     )
@@ -101,6 +103,18 @@ class TuneSpec(Section):
     scheduler: Literal["none", "asha", "pbt"] = Field(
         "none", description="who stops or changes trials: none, ASHA, population-based training"
     )
+
+    @property
+    def draws(self) -> int:
+        """Of each point of the grids. A point without a random option is drawn once: with the same
+        options and the same seed it would be the same search."""
+        return self.trials if any(space.grid is None for space in self.space.values()) else 1
+
+    @property
+    def searches(self) -> int:
+        """Trials in all."""
+        grids = (len(space.grid) for space in self.space.values() if space.grid is not None)
+        return self.draws * math.prod(grids)
 
 
 class DynamicSpec(Section):

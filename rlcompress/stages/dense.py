@@ -22,7 +22,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
     e, folder = run.experiment, run.folder / "dense"
     inputs = run.dense_inputs()
     path = folder / "metrics.json"
-    run.exchange(folder, path.name, inputs)
+    run.exchange(folder, inputs, path.name)
     if path.exists():
         known: dict[str, Any] = read_json(path)
         return known
@@ -33,7 +33,8 @@ def train_dense(run: Workspace) -> dict[str, Any]:
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if d.weights:
         load_weights(model, Path(d.weights))
-    folder.mkdir(parents=True, exist_ok=True)
+    # Before it is trained: cut off, it is told from what other options make.
+    run.claim(folder, inputs, path.name)
     save_tensors(folder / "init.safetensors", initial)
     if d.weights or d.rewind_epoch == 0:
         save_tensors(folder / "rewind.safetensors", model.state_dict())

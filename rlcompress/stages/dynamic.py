@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcompress.core.artifact import load_artifact
-from rlcompress.core.files import JsonLines, read_json, save_json
+from rlcompress.core.files import JsonLines, read_archive, read_json, save_json
 from rlcompress.core.policy import Agent
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
@@ -123,15 +123,16 @@ def _begin(run: Workspace) -> Path | None:
 
 
 def _trained(run: Workspace, training: Training, folder: Path) -> Path:
-    """The folder of a policy that has played `dynamic.policy_episodes` training runs."""
+    """The folder of a policy that has played `dynamic.policy_episodes` training runs, those of an
+    earlier call among them."""
     from rlcompress.rl.dynamic import train
 
     e = run.experiment
-    most = e.dynamic.target
+    most, played = e.dynamic.target, len(read_archive(folder / "archive.jsonl"))
     with (
         JsonLines(folder / "archive.jsonl") as archive,
         JsonLines(folder / "curve.jsonl") as curve,
-        stage("policy", e.dynamic.policy_episodes) as shown,
+        stage("policy", e.dynamic.policy_episodes, played) as shown,
     ):
         for record in train(
             training.prepared(),
@@ -140,6 +141,7 @@ def _trained(run: Workspace, training: Training, folder: Path) -> Path:
             episodes=e.dynamic.policy_episodes,
             seed=e.seed,
             folder=folder / "policy",
+            played=played,
             on_iteration=lambda row: curve.append(json.dumps(row)),
         ):
             archive.append(record.to_json())

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import save_bytes, save_json
+from rlcompress.core.files import read_json, read_lines, save_bytes, save_json
 from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.policy import DEFAULT, PRIOR, Agent
 from rlcompress.stages.workspace import Workspace
@@ -71,17 +70,36 @@ def find_policy(run: Workspace) -> Path | None:
 
 
 def begin_with(run: Workspace, searcher: str, policy: Path | None) -> None:
-    """Notes whose policy `searcher` begins with. What it measured with another one is set aside:
-    the archive's old copy, from which the rest is taken over."""
+    """Notes whose policy `searcher` begins with. What it measured and learned with another one is
+    set aside: its policy, and copies of the archive and the curve, which keep the rest.
+
+    Cut off anywhere, it is done again from the start: nothing is lost."""
     folder = run.folder / "search"
-    path, archive = folder / "policies.json", folder / "archive.jsonl"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    path = folder / "policies.json"
+    known = read_json(path) if path.exists() else {}
     digest = digest_of(policy)
-    if known.get(searcher, "none") != digest and archive.exists():
-        lines = archive.read_bytes().splitlines(keepends=True)
-        rest = [line for line in lines if json.loads(line)["searcher"] != searcher]
-        if len(rest) < len(lines):
-            run.set_aside(archive)
-            save_bytes(archive, b"".join(rest))
-            (folder / f"{searcher}.done").unlink(missing_ok=True)
+    if known.get(searcher, "none") != digest:
+        rests = _rests([folder / "curve.jsonl", folder / "archive.jsonl"], searcher)
+        for old in rests:
+            run.copy_aside(old)
+        # Nobody's from here on: neither policy may find half of what the other one did.
+        save_json(path, {**known, searcher: ""})
+        (folder / f"{searcher}.done").unlink(missing_ok=True)
+        if searcher == "ppo" and (folder / "policy").exists():
+            run.set_aside(folder / "policy")
+        for old, rest in rests.items():
+            save_bytes(old, rest)
     save_json(path, {**known, searcher: digest})
+
+
+def _rests(paths: list[Path], searcher: str) -> dict[Path, bytes]:
+    """Of the files that have lines of `searcher`, all other lines."""
+    rests = {}
+    for path in paths:
+        whose = [row.get("searcher") for row in read_lines(path)]
+        if searcher in whose:
+            lines = path.read_bytes().splitlines(keepends=True)
+            # A last line that was cut off is nobody's.
+            pairs = zip(lines, whose, strict=False)
+            rests[path] = b"".join(line for line, who in pairs if who != searcher)
+    return rests

@@ -62,9 +62,6 @@ def tune(run: Workspace) -> list[Trial]:
             f"{engine.cpus():g}"
         )
     evaluations = e.tune.trial_episodes or e.search.episodes
-    points = 1
-    for space in e.tune.space.values():
-        points *= len(space.grid or (None,))
     known = {
         "ppo": {**e.ppo.model_dump(), "num_env_runners": e.tune.runners},
         "target": list(e.search.target),
@@ -78,7 +75,7 @@ def tune(run: Workspace) -> list[Trial]:
         JsonLines(folder / "archive.jsonl") as archive,
         stage(
             "tune",
-            points * e.tune.trials * evaluations,
+            e.tune.searches * evaluations,
             sum(len(t.records) for t in trials.values()),
         ) as shown,
     ):
@@ -178,7 +175,7 @@ def last_lines(run: Workspace, trials: list[Trial]) -> None:
         )
     console.print(table)
     winner = max(trials, key=lambda t: t.hypervolume)
-    sets = [w for k, v in winner.options.items() for w in ("--set", f"{k}={json.dumps(v)}")]
+    sets = [w for k in keys for w in ("--set", f"{k}={json.dumps(winner.options[k])}")]
     console.print(f"next     {run.next('run')} {shlex.join(sets)}")
 
 

@@ -21,7 +21,7 @@ from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Data, Split, build_data
 from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.evaluate import Evaluator, build_evaluator
-from rlcompress.core.files import read_archive, read_json, save_json
+from rlcompress.core.files import read_archive, read_json, save_bytes, save_json
 from rlcompress.core.graph import Network
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.problem import Bundle, Problem, make_bundle, pick_device
@@ -40,6 +40,8 @@ from rlcompress.stages.weights import digest_of_file, load_weights
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
 MEASUREMENTS = "7"
 DENSE_INPUTS = ("model", "data", "dense", "seed")
+#: Of a folder: names what its content is made from.
+MARKER = "inputs.json"
 
 
 def cores() -> int:
@@ -104,36 +106,49 @@ class Workspace:
 
     def set_aside(self, path: Path) -> None:
         """Moves what was made from other options out of the way; nothing is deleted."""
+        aside = self._aside(path)
+        path.rename(aside)
+        console.print(f"{path} was made from other options: it is now {aside}")
+
+    def copy_aside(self, path: Path) -> None:
+        """As `set_aside`, of a file that only in part was made from other options."""
+        aside = self._aside(path)
+        save_bytes(aside, path.read_bytes())
+        console.print(f"{path} was made from other options in part: all of it is now {aside}")
+
+    def _aside(self, path: Path) -> Path:
         folder = self.folder / "set-aside"
         folder.mkdir(exist_ok=True)
         number = 1
         while (aside := folder / f"{path.name}.{number}").exists():
             number += 1
-        path.rename(aside)
-        console.print(f"{path} was made from other options: it is now {aside}")
+        return aside
 
-    def exchange(self, folder: Path, marker: str, inputs: str) -> None:
-        """Sets aside what other inputs made in `folder`, and brings back what these once made;
-        `marker`: the file there that names them."""
+    def exchange(self, folder: Path, inputs: str, result: str = MARKER) -> None:
+        """Sets aside what other inputs made in `folder`, and brings back what these once made.
+        `result`: a file there that names them too, all that older versions wrote."""
 
-        def is_ours(place: Path) -> bool:
-            path = place / marker
-            return path.exists() and bool(read_json(path)["inputs"] == inputs)
+        def inputs_of(place: Path) -> str | None:
+            paths = (path for path in (place / MARKER, place / result) if path.exists())
+            return next((str(read_json(path)["inputs"]) for path in paths), None)
 
-        if (folder / marker).exists() and not is_ours(folder):
+        there = inputs_of(folder)
+        if there == inputs:
+            return
+        asides = sorted((self.folder / "set-aside").glob(f"{folder.name}.*"))
+        ours = next((aside for aside in asides if inputs_of(aside) == inputs), None)
+        # Nobody's may be ours: it stays if there is no other.
+        if folder.exists() and (there is not None or ours is not None):
             self.set_aside(folder)
-        if not folder.exists():
-            for aside in sorted((self.folder / "set-aside").glob(f"{folder.name}.*")):
-                if is_ours(aside):
-                    aside.rename(folder)
-                    console.print(f"{aside} was made from these options: it is {folder} again")
-                    return
+        if ours is not None:
+            ours.rename(folder)
+            console.print(f"{ours} was made from these options: it is {folder} again")
 
-    def claim(self, folder: Path, inputs: str) -> None:
+    def claim(self, folder: Path, inputs: str, result: str = MARKER) -> None:
         """Makes `folder` for results of these inputs; what others left there is set aside."""
-        self.exchange(folder, "inputs.json", inputs)
+        self.exchange(folder, inputs, result)
         folder.mkdir(parents=True, exist_ok=True)
-        save_json(folder / "inputs.json", {"inputs": inputs})
+        save_json(folder / MARKER, {"inputs": inputs})
 
     def weights_digest(self) -> str:
         """What `dense.weights` holds, in twelve hex digits: the file may change under its name.
@@ -148,6 +163,14 @@ class Workspace:
     def dense_inputs(self) -> str:
         """What the dense network depends on."""
         return f"{spec_hash(self.experiment, *DENSE_INPUTS)}{self._weights()}"
+
+    def estimate_inputs(self) -> str:
+        """What the estimates depend on: whoever needs them first makes them, also outside a search
+        and so before its folder is claimed."""
+        parts = {"keeps", "bits", "clip", "round_to"}
+        search = self.experiment.search.model_dump(mode="json", include=parts)
+        hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration")
+        return f"{hashed}{self._weights()} {json.dumps(search, sort_keys=True)}"
 
     def search_inputs(self) -> str:
         """All that gives a measurement or a proposal its meaning; not how many there are."""
@@ -249,12 +272,12 @@ class Workspace:
         path = self.folder / "search" / "estimates.safetensors"
         if path.exists():
             with _readable(path):
-                known = Estimates.load(path)
+                known = Estimates.load(path, self.estimate_inputs())
             if known is not None:
                 return self.bundle_of(dense, known)
         estimates = self.estimate(dense)
         path.parent.mkdir(parents=True, exist_ok=True)
-        estimates.save(path)
+        estimates.save(path, self.estimate_inputs())
         return self.bundle_of(dense, estimates)
 
     def bundle_of(self, dense: nn.Module, estimates: Estimates) -> Bundle:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import JsonLines, read_archive, save_bytes
+from rlcompress.core.files import JsonLines, read_archive, read_lines, save_bytes
 from rlcompress.core.learned import LearnedLosses, Lessons, agreement, fit
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
 from rlcompress.core.policy import LEARNED, Policy, PolicyShape, load_policy, save_policy
@@ -130,9 +130,9 @@ def train_policy(run: Workspace) -> dict[str, Any]:
     lessons = {name: lessons_of(networks[name], records) for name, records in sampled.items()}
     learned = fit(list(lessons.values()), seed=e.seed)
     learned.save(folder / LEARNED)
-    policy = new_policy(e.ppo.hidden)
+    policy, episodes = new_policy(e.ppo.hidden), 0
     if zoo.ppo_episodes:
-        policy = play_zoo(run, networks, sampled, learned, folder, zoo.ppo_episodes)
+        policy, episodes = play_zoo(run, networks, sampled, learned, folder, zoo.ppo_episodes)
     about = {
         "inputs": inputs,
         "networks": list(networks),
@@ -142,7 +142,7 @@ def train_policy(run: Workspace) -> dict[str, Any]:
         },
         "evaluations": sum(map(len, sampled.values())),
         "recovery": e.search.recovery,
-        "episodes": zoo.ppo_episodes,
+        "episodes": episodes,
         "seed": e.seed,
         "spec_hash": run.hash,
         "commit": commit(),
@@ -150,7 +150,7 @@ def train_policy(run: Workspace) -> dict[str, Any]:
         **environment_options(e.ppo),
     }
     train_dense(run)
-    about["judged"] = judge(run, policy if zoo.ppo_episodes else None, learned)
+    about["judged"] = judge(run, policy if episodes else None, learned)
     save_policy(folder, policy, about)
     where = f"{run.experiment.model.factory} {run.experiment.model.args} on {e.data.factory}"
     save_bytes(folder / "card.md", policy_card(about, where).encode())
@@ -179,9 +179,10 @@ def play_zoo(
     learned: LearnedLosses,
     folder: Path,
     episodes: int,
-) -> Policy:
-    """A policy that PPO trains on the prior that goes by `learned`, with the settings of `run`. In
-    `folder` are left the policy, every episode (`episodes.jsonl`) and the learning curve."""
+) -> tuple[Policy, int]:
+    """A policy that PPO trains on the prior that goes by `learned`, with the settings of `run`, and
+    the episodes it has played: whole iterations. In `folder` are left the policy, every episode
+    (`episodes.jsonl`) and the learning curve; cut off, it goes on from them."""
     from rlcompress.rl import zoo
     from rlcompress.rl.config import record_of
 
@@ -199,13 +200,13 @@ def play_zoo(
         paid = [quality(r.measurement) for r in sampled[name]]
         expected = np.polyval(np.polyfit(sizes, paid, 2), np.log(ratios))
         members.append(Member(name, target, tuple(ratios.tolist()), tuple(expected.tolist())))
-    e = run.experiment
+    e, played = run.experiment, len(read_lines(folder / "episodes.jsonl"))
     with (
         JsonLines(folder / "episodes.jsonl") as lines,
         JsonLines(folder / "curve.jsonl") as curve,
-        stage("ppo", episodes) as shown,
+        stage("ppo", episodes, played) as shown,
     ):
-        played = zoo.train(
+        rows = zoo.train(
             members,
             bundles,
             new_policy(e.ppo.hidden),
@@ -214,14 +215,16 @@ def play_zoo(
             held=e.zoo.held,
             seed=e.seed,
             folder=folder,
+            played=played,
             on_iteration=lambda row: curve.append(json.dumps(row)),
         )
-        for done, info in enumerate(played, start=1):
+        for done, info in enumerate(rows, start=played + 1):
             row = json.loads(record_of(info, e.seed, done).to_json())
             gained = float(info["return"])
             lines.append(json.dumps({"network": info["network"], "return": gained, **row}))
             shown.update(done, f"{info['network']}  {gained:+.2f} against its sampled schedules")
-    return load_policy(folder, OBSERVATION_VERSION)[0]
+    policy, about = load_policy(folder, OBSERVATION_VERSION)
+    return policy, int(about["episodes"])
 
 
 def judge(
