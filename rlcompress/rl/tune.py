@@ -170,6 +170,28 @@ def trial(
                 report()
 
 
+def mutations(spec: TuneSpec) -> dict[str, Any]:
+    """What population-based training may change: of a list Tune takes a neighbour, other domains
+    it multiplies."""
+    return {
+        key: domain(space) if space.choice is None else list(space.choice)
+        for key, space in spec.space.items()
+        if space.grid is None
+    }
+
+
+def explored(spec: TuneSpec, repeats: Repeats) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Puts back into its range what was multiplied beyond, and numbers what results."""
+
+    def settle(config: dict[str, Any]) -> dict[str, Any]:
+        for key, space in spec.space.items():
+            if (limits := space.uniform or space.loguniform) is not None:
+                config[key] = float(np.clip(config[key], *limits))
+        return repeats.number(config)
+
+    return settle
+
+
 def scheduler(spec: TuneSpec, evaluations: int, repeats: Repeats) -> TrialScheduler | None:
     """ASHA stops the worse half at each rung; PBT lets the worst go on from the best."""
     if spec.scheduler == "asha":
@@ -187,10 +209,8 @@ def scheduler(spec: TuneSpec, evaluations: int, repeats: Repeats) -> TrialSchedu
             metric=METRIC,
             mode="max",
             perturbation_interval=max(1, evaluations // 4),
-            hyperparam_mutations={
-                key: domain(space) for key, space in spec.space.items() if space.grid is None
-            },
-            custom_explore_fn=repeats.number,
+            hyperparam_mutations=mutations(spec),
+            custom_explore_fn=explored(spec, repeats),
         )
     return None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.tune.schedulers import pbt
 
 from rlcompress.core.files import read_archive
 from rlcompress.core.policy import PRIOR
@@ -98,6 +99,20 @@ def test_clones_of_one_trial_are_searches_of_their_own():
     clones = [repeats.number(dict(options)) for options in (donor, donor)]
     clones.append(repeats.number(dict(clones[0])))
     assert [x.get(engine.REPEAT) for x in (donor, *clones)] == [None, 1, 2, 3]
+
+
+def test_clones_stay_within_the_space():
+    space = {"ppo.epochs": {"choice": [2, 4, 8]}, "ppo.lr": {"loguniform": [1e-3, 1e-2]}}
+    spec = TuneSpec.model_validate({"space": space, "scheduler": "pbt"})
+    settle = engine.explored(spec, engine.Repeats())
+    seen = set()
+    for _ in range(40):
+        begun = {"ppo.epochs": 4, "ppo.lr": 9e-3}
+        found, _ = pbt._explore(begun, engine.mutations(spec), 0.25, (0.8, 1.2), settle)
+        assert found["ppo.epochs"] in (2, 4, 8)
+        assert 1e-3 <= found["ppo.lr"] <= 1e-2
+        seen.add(found["ppo.epochs"])
+    assert len(seen) > 1
 
 
 def test_a_repeat_has_random_numbers_of_its_own(play):
