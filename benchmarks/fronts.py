@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import results
 from benchmarks.networks import identity
 from rlcompress.core.files import read_lines, save_bytes
-from rlcompress.core.pareto import archive_front, hypervolume
+from rlcompress.core.pareto import hypervolume
 from rlcompress.core.schedule import Record
 from rlcompress.report.figures import front_figure, to_png
 from rlcompress.stages.workspace import Workspace
@@ -37,16 +37,22 @@ def own_records(rows: Iterable[dict[str, Any]], name: str, budget: int) -> list[
 
 def worth_checking(
     records: Sequence[Record],
-    most_bytes: float,
+    dense_bytes: int,
+    target: Target,
     floor: float,
     most: int = MOST_CHECKED,
     score: str = "kl",
 ) -> list[Record]:
-    """At most `most` of the front at the `floor` of accuracy, evenly over it."""
-    small = [r for r in records if r.measurement.bytes <= most_bytes]
-    front = [r for r in archive_front(small, score) if r.measurement.accuracy >= floor]
-    count = min(most, len(front))
-    return [front[round(i)] for i in np.linspace(0, len(front) - 1, count)]
+    """What a user would take who asks for each of `most` sizes, even in their logarithm: the best
+    that is so small, if its accuracy is at least `floor`. Every searcher's steps are as wide: evenly
+    over a front's schedules those of a crowded front are wider in places, and its staircase lower."""
+    found = []
+    for ratio in np.geomspace(*target, most):
+        small = [r for r in records if r.measurement.bytes <= dense_bytes / ratio]
+        best = min(small, key=lambda r: r.measurement.error(score), default=None)
+        if best is not None and best.measurement.accuracy >= floor and best not in found:
+            found.append(best)
+    return found
 
 
 def volume(points: Sequence[tuple[float, float]], dense: float, target: Target) -> float:
@@ -72,7 +78,7 @@ def judge(
         ratios = [dense["bytes"] / r.measurement.bytes for r in records]
         searched = [(x, r.measurement.accuracy) for x, r in zip(ratios, records, strict=True)]
         floor = dense["searched"] - WORTH / 100
-        worth = worth_checking(records, dense["bytes"] / target[0], floor, score=score)
+        worth = worth_checking(records, dense["bytes"], target, floor, score=score)
         checked = [
             (dense["bytes"] / r.measurement.bytes, accuracy[r.schedule.digest()]) for r in worth
         ]

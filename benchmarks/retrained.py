@@ -53,7 +53,7 @@ def _fronts(
         dense = next(row for row in rows if row["kind"] == "dense")
         floor = dense["searched"] - WORTH / 100
         records = own_records(rows, name, budget)
-        fronts[arm] = worth_checking(records, dense["bytes"] / target[0], floor, RETRAINED)
+        fronts[arm] = worth_checking(records, dense["bytes"], target, floor, RETRAINED)
     return dense, fronts
 
 

@@ -10,9 +10,10 @@ of a seed share estimates and evaluator. The dense networks are those of `benchm
 
 volume    hypervolume of (log size ratio, accuracy) above the low end of the target range and 10
           points below dense, as a share of the rectangle up to its high end and dense accuracy;
-          `searched` on the images that scored the search, `checked` on others: at most 12 schedules
-          of the front (bytes, KL), within 10 points of dense on the search's images, fitted anew on
-          1,024 other training images and measured on the validation images held back
+          `searched` on the images that scored the search, `checked` on others: the schedule of
+          least KL at each of 12 sizes, even in their logarithm, if it is within 10 points of dense
+          on the search's images, fitted anew on 1,024 other training images and measured on the
+          validation images held back
 ratio     dense bytes / least bytes within 1 point of dense, `checked`
 
 `--score`: what the searches go by, and whose front is checked. Figures of another than `kl` end
@@ -263,8 +264,8 @@ def measure(
         checked = {row["digest"] for row in mine() if row["kind"] == "checked"}
         all_records = own_records(mine(), name, budget)
         dense = problems.problem.dense
-        largest, floor = dense.bytes / target[0], dense.accuracy - WORTH / 100
-        for record in worth_checking(all_records, largest, floor, score=score):
+        floor = dense.accuracy - WORTH / 100
+        for record in worth_checking(all_records, dense.bytes, target, floor, score=score):
             digest = record.schedule.digest()
             if digest not in checked:
                 accuracy = problems.check(fresh, record.schedule)
