@@ -44,8 +44,8 @@ def worth_checking(
     score: str = "kl",
 ) -> list[Record]:
     """What a user would take who asks for each of `most` sizes, even in their logarithm: the best
-    that is so small, if its accuracy is at least `floor`. Every searcher's steps are as wide: evenly
-    over a front's schedules those of a crowded front are wider in places, and its staircase lower."""
+    that is so small, if its accuracy is at least `floor`. So all searchers' steps are as wide:
+    taken evenly over its schedules, a crowded front's are wider in places, its staircase lower."""
     found = []
     for ratio in np.geomspace(*target, most):
         small = [r for r in records if r.measurement.bytes <= dense_bytes / ratio]

@@ -1,6 +1,6 @@
 """What a front is worth once its schedules are retrained: `benchmarks.transfer` prints it.
 
-Of each front `RETRAINED` schedules, evenly over it, are reconstructed on 1,024 training images and
+Of each front the schedules at `RETRAINED` sizes are reconstructed on 1,024 training images and
 trained for `STEPS` batches, quantization-aware, taught by the dense network: the recovery of
 `benchmarks.proxy`. Judged on the validation images that the search left alone. Every training is a
 line of runs/retrained-NETWORK.jsonl.
