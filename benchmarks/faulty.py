@@ -26,6 +26,7 @@ from benchmarks.stage_set import (
     tickets_wrongly,
     tracked_wrongly,
 )
+from rlcompress.core.files import read_lines
 
 #: Seconds that the MLflow server is away, unless the run ends first.
 AWAY = 60.0
@@ -93,8 +94,8 @@ def node(scene: Scene, turn: int) -> Blow:
             def playing() -> bool:
                 # The untrained policy's own sizes are played before there is any.
                 workers[:] = raylet.children(recursive=True)
-                learning = (scene.run / "search" / "curve.jsonl").exists()
-                return learning and any(_titled(p, "SingleAgentEnvRunner") for p in workers)
+                learned = read_lines(scene.run / "search" / "curve.jsonl")
+                return bool(learned) and any(_titled(p, "SingleAgentEnvRunner") for p in workers)
 
             command.until(playing)
             # The raylet first: it would start new workers.

@@ -180,11 +180,18 @@ def playing(settings: PPOConfig) -> Iterator[tuple[PPO, Callable[[], Iteration]]
             os.rmdir(algorithm.logdir)  # of nobody's use, empty, in ~/ray_results
 
 
-def saved_policy(folder: Path, played: int) -> Policy | None:
-    """Of a training that was cut off after some episodes, the policy to go on with."""
-    if not played or not (folder / "policy.json").exists():
-        return None
-    return load_policy(folder, OBSERVATION_VERSION)[0]
+def going_on(
+    ppo: PPOSpec, policy: Policy, folder: Path, episodes: int, played: int
+) -> tuple[PPOSpec, int, Policy] | None:
+    """The settings for so many episodes, those of an iteration, and the policy to go on with: the
+    saved one of a training that was cut off after some. None if no iteration is left of that."""
+    lanes = within(ppo, episodes)
+    batch = episodes_of(lanes, episodes)
+    if played and (folder / "policy.json").exists():
+        if played + batch > episodes:
+            return None
+        policy = load_policy(folder, OBSERVATION_VERSION)[0]
+    return lanes, batch, policy
 
 
 def learn(

@@ -17,7 +17,7 @@ from rlcompress.core.process import settle_process
 from rlcompress.core.schedule import Record
 from rlcompress.core.training import Training
 from rlcompress.rl.cluster import start_ray
-from rlcompress.rl.config import arrays, config, episodes_of, learn, record_of, saved_policy, within
+from rlcompress.rl.config import arrays, config, going_on, learn, record_of
 from rlcompress.rl.play import environment_options, policy_shape
 from rlcompress.schema import PPOSpec
 
@@ -62,12 +62,10 @@ def train(
     options = {"target": target, **environment_options(ppo)}
     env = gym.make(DYNAMIC_ENVIRONMENT, training=training, **options)
     policy = training.agent.policy or Policy(policy_shape(env, ppo.hidden))
-    lanes = within(ppo, episodes)
-    batch = episodes_of(lanes, episodes)
-    if (saved := saved_policy(folder, played)) is not None:
-        if played + batch > episodes:
-            return
-        policy = saved
+    left = going_on(ppo, policy, folder, episodes, played)
+    if left is None:
+        return
+    lanes, batch, policy = left
     start_ray(ppo)
     register_env(REGISTERED, make)
     shape = policy.shape

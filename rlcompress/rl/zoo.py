@@ -15,7 +15,7 @@ from ray.tune.registry import register_env
 from rlcompress.core.policy import Policy
 from rlcompress.core.problem import Bundle, Member
 from rlcompress.rl.cluster import problem_of, start_ray
-from rlcompress.rl.config import arrays, config, episodes_of, learn, saved_policy, within
+from rlcompress.rl.config import arrays, config, going_on, learn
 from rlcompress.rl.play import environment_options
 from rlcompress.schema import PPOSpec
 
@@ -62,12 +62,10 @@ def train(
     """Goes on with `policy` for some episodes and yields what each found: network, schedule,
     measurement, target, return. The policy is saved in `folder` after every iteration; cut off
     after `played` episodes, it goes on with that."""
-    lanes = within(ppo, episodes)
-    batch = episodes_of(lanes, episodes)
-    if (saved := saved_policy(folder, played)) is not None:
-        if played + batch > episodes:
-            return
-        policy = saved
+    left = going_on(ppo, policy, folder, episodes, played)
+    if left is None:
+        return
+    lanes, batch, policy = left
     start_ray(ppo)
     register_env(REGISTERED, make)
     first = bundles[0].estimates
