@@ -19,6 +19,7 @@ from rlcompress.core.training import Training
 from rlcompress.rl.cluster import start_ray
 from rlcompress.rl.config import arrays, config, going_on, learn, record_of
 from rlcompress.rl.play import environment_options, policy_shape
+from rlcompress.rl.transfer import tempered
 from rlcompress.schema import PPOSpec
 
 DYNAMIC_ENVIRONMENT = "envs:rlcompress/DynamicCompression-v0"
@@ -57,8 +58,7 @@ def train(
     from `training.agent`'s, of `Compression-v0` or of here, if that was trained, and is saved in
     `folder` after every iteration. Cut off after `played` episodes, it goes on from there.
     """
-    if training.agent.policy is not None:
-        ppo = ppo.model_copy(update={"temperature": training.agent.temperature})
+    ppo = tempered(ppo, training.agent)
     options = {"target": target, **environment_options(ppo)}
     env = gym.make(DYNAMIC_ENVIRONMENT, training=training, **options)
     policy = training.agent.policy or Policy(policy_shape(env, ppo.hidden))
