@@ -9,8 +9,8 @@ import pytest
 
 from rlcompress.report.page import write_report
 from tests.browser import CHROMIUM, Browser, browser
-from tests.test_report import PPO, UNIFORM, add
-from tests.test_report import run as run  # the fixture
+from tests.reports import PPO, UNIFORM, add
+from tests.reports import run as run  # the fixture
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on PATH (Debian: chromium)"),

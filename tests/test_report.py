@@ -1,114 +1,23 @@
-"""The report: what the page says of a run folder, what the figures show, the model card."""
+"""The report: what the page says of a run folder; the model card."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from matplotlib.text import Text
 
-from rlcompress.core.schedule import Measurement, Record, Schedule, performance_density
 from rlcompress.report import depth, figures
 from rlcompress.report.card import model_card, points
 from rlcompress.report.figures import TIMES
 from rlcompress.report.page import write_report
-
-SPEC = {
-    "model": {"factory": "vgg19", "args": {"width": 0.25}},
-    "data": {"factory": "digits", "args": {"size": 32}},
-    "ticket": {"floor": 1.0},
-    "seed": 7,
-}
-LAYERS = [
-    {"name": "conv", "kind": "conv", "group": "conv"},
-    {"name": "dw", "kind": "depthwise", "group": "conv"},
-    {"name": "head", "kind": "linear", "group": "head"},
-]
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def measurement(accuracy: float, size: int) -> Measurement:
-    density = performance_density(accuracy, size)
-    return Measurement(accuracy, 0.5, 1 - accuracy, size, size // 4, size, size * 8, density)
-
-
-DENSE = measurement(0.93, 4_000_000)
-
-
-def record(searcher: str, evaluation: int, accuracy: float, size: int) -> Record:
-    return Record(Schedule({"conv": 0.5}), measurement(accuracy, size), searcher, 0, evaluation)
-
-
-RECORDS = [
-    record("ppo", 1, 0.925, 100_000),
-    record("ppo", 2, 0.921, 61_200),
-    record("ppo", 3, 0.60, 20_000),
-    record("uniform", 1, 0.924, 222_000),
-    record("random", 1, 0.11, 90_000),
-]
-
-
-def make_ticket(name: str, searcher: str, accuracy: float, size: int) -> dict[str, Any]:
-    curve = [{"step": s, "loss": 1.0, "validation_accuracy": 0.9} for s in (0, 10)]
-    return {
-        "id": name,
-        "searcher": searcher,
-        "schedule": {"keep": {"conv": 0.5}, "bits": {"conv": 3, "head": 6}},
-        "dense": measurement(0.928, 4_000_000).to_dict(),
-        "ticket": measurement(accuracy, size).to_dict(),
-        "arm": "rewind",
-        "controls": {"fresh": measurement(0.8123, size).to_dict()},
-        "validation": {"dense": 0.928, "rewind": accuracy, "fresh": 0.8},
-        "floor": 1.0,
-        "input": {"shape": [1, 32, 32], "mean": 4.88, "std": 6.02},
-        "curves": {"rewind": curve, "fresh": curve},
-        "seed": 7,
-        "spec_hash": "0123abcd",
-        "split": "test",
-        "target": 60.0,
-        "ratio": 4_000_000 / size,
-        "search": measurement(0.9, size).to_dict(),
-    }
-
-
-PPO = make_ticket("aaaa1111", "ppo", 0.9234, 61_000)
-UNIFORM = make_ticket("bbbb2222", "uniform", 0.9211, 200_000)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run after its search, without tickets."""
-    folder = tmp_path / "demo"
-    (folder / "search").mkdir(parents=True)
-    (folder / "dense").mkdir()
-    spec = {"experiment": "demo", "hash": "0123abcd", "spec": SPEC}
-    (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
-    curve = [{"epoch": 1, "step": 5, "loss": 0.5, "validation_accuracy": 0.9}]
-    dense = {"inputs": "x", "seed": 7, "seconds": 1.0, "curve": curve}
-    (folder / "dense" / "metrics.json").write_text(
-        json.dumps(dense | {"validation": DENSE.to_dict()})
-    )
-    (folder / "search" / "dense.json").write_text(json.dumps(DENSE.to_dict()))
-    (folder / "search" / "layers.json").write_text(json.dumps(LAYERS))
-    lines = "".join(r.to_json() + "\n" for r in RECORDS)
-    (folder / "search" / "archive.jsonl").write_text(lines)
-    return folder
-
-
-def add(run: Path, *tickets: dict[str, Any]) -> Path:
-    for ticket in tickets:
-        folder = run / "tickets" / ticket["id"]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ticket.json").write_text(json.dumps(ticket))
-    return run
+from tests.reports import PNG, PPO, SPEC, UNIFORM, add, make_ticket
+from tests.reports import run as run  # the fixture
 
 
 class Page(HTMLParser):
@@ -244,67 +153,6 @@ def test_a_missing_input_is_named_with_the_command_that_makes_it(run: Path, name
     assert not (run / "report").exists()
 
 
-def test_front_axis_is_not_stretched_by_hopeless_points() -> None:
-    figure = figures.front_figure(RECORDS, DENSE, [PPO, UNIFORM])
-    ax, below = figure.axes
-    assert below.get_yscale() == "log"
-    low, high = ax.get_ylim()
-    assert 85 < low < 92.1
-    assert 93 < high < 96
-    texts = {text.get_text() for text in ax.texts}
-    assert {"dense", f"ppo ticket, 65.6{TIMES}", f"uniform ticket, 20{TIMES}"} <= texts
-    assert any("2 of 5 evaluations" in text for text in texts)
-    (legend,) = figure.legends
-    assert [t.get_text() for t in legend.get_texts()] == ["ppo", "uniform", "random"]
-
-
-def test_front_of_hopeless_points_alone_shows_them() -> None:
-    points = [record("random", e, 0.1 + e / 100, 1000 * e) for e in range(1, 4)]
-    ax, _ = figures.front_figure(points, DENSE).axes
-    assert ax.get_ylim()[0] < 11
-
-
-def test_labels_of_the_front_do_not_overlap() -> None:
-    near = make_ticket("dddd4444", "knapsack", 0.92, 63_000)
-    figure = figures.front_figure(RECORDS, DENSE, [PPO, near, UNIFORM])
-    figure.draw_without_rendering()
-    texts = [text for text in figure.axes[0].texts if "ticket" in text.get_text()]
-    boxes = [Text.get_window_extent(text) for text in texts]
-    assert len(boxes) == 3
-    for i, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
-        assert box.y0 > figure.axes[0].get_window_extent().y1
-
-
-def test_schedule_figure_draws_every_layer_in_order() -> None:
-    schedule = Schedule({"conv": 0.25}, {"conv": 3, "dw": 5})
-    above, below = depth.schedule_figure(schedule, LAYERS).axes
-
-    def heights(ax: Any) -> list[float]:
-        return [b.get_height() for b in sorted(ax.patches, key=lambda b: b.get_x())]
-
-    assert heights(above) == [0.25, 0.25, 1.0]
-    assert heights(below) == [3, 5, 8]
-    assert [t.get_text() for t in below.texts] == ["32"]
-    assert [t.get_text() for t in below.get_xticklabels()] == ["conv", "dw", "head"]
-
-
-def test_arms_and_training_and_learning_figures_show_their_numbers() -> None:
-    (ax,) = figures.arms_figure([PPO]).axes
-    assert [t.get_text() for t in ax.texts] == ["dense 92.80", "92.34", "81.23"]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["rewind", "fresh"]
-    dense = {"curve": [{"step": 5, "loss": 0.5, "validation_accuracy": 0.9}]}
-    panels = figures.training_figure(dense, PPO).axes
-    assert [len(panel.lines) for panel in panels] == [1, 2, 1, 2]
-    np.testing.assert_allclose(panels[2].lines[0].get_xydata(), [[5, 90]])
-    points = [
-        {"searcher": "ppo", "evaluation": e, "mean_return": -1.0, "entropy": 2.0} for e in (8, 16)
-    ]
-    left, right = figures.learning_figure(points).axes
-    assert left.lines[0].get_xydata().tolist() == [[8, -1], [16, -1]]
-    assert right.lines[0].get_xydata().tolist() == [[8, 2], [16, 2]]
-
-
 def test_several_seeds_give_means_and_intervals(run: Path) -> None:
     """Runs beside this one count if they differ in nothing but the seed."""
     add(run, PPO)
@@ -352,20 +200,6 @@ def test_cost_of_each_layer_and_compression_in_training(run: Path) -> None:
     np.testing.assert_allclose(loss.lines[0].get_xydata(), [[10, 0.1], [20, 0.05]])
     assert keep.lines[0].get_ydata().tolist() == [0.5, 0.5]
     assert bits.lines[0].get_ydata().tolist() == [4, 4]
-
-
-def test_places_of_the_points_are_where_the_svg_has_them() -> None:
-    """The picture's own coordinates of the points of one searcher on the KL panel."""
-    figure = figures.front_figure(RECORDS, DENSE)
-    svg = figures.to_svg(figure, "front")
-    places = figures.front_places(figure, RECORDS)
-    part = svg[svg.index('id="kl-0-front"') :]
-    drawn = re.search(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', part)
-    assert drawn is not None
-    found = [(p[0], p[2]) for p, r in zip(places, RECORDS, strict=True) if r.searcher == "ppo"]
-    # The front begins at its smallest schedule.
-    assert (float(drawn[1]), float(drawn[2])) == pytest.approx(min(found), abs=0.2)
-    assert [p[1] is None for p in places] == [False, False, True, False, True]
 
 
 def test_model_card_front_matter_and_figures() -> None:
