@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
 
 class Attention(nn.Module):
@@ -75,7 +76,10 @@ class Attention(nn.Module):
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     out, fan = weight.shape
-    layer = nn.Linear(fan, out, bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    # Weights of its own would move the caller's random numbers.
+    layer: nn.Linear = skip_init(
+        nn.Linear, fan, out, bias=bias is not None, device=weight.device, dtype=weight.dtype
+    )
     with torch.no_grad():
         layer.weight.copy_(weight)
         if bias is not None:
@@ -95,9 +99,12 @@ def plain_attention(model: nn.Module) -> nn.Module:
 
     Those with learned or zero rows added to the keys stay as they are.
     """
-    for name, module in list(model.named_modules()):
+    plain: dict[nn.Module, Attention] = {}  # one that has several names is one still
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is not nn.MultiheadAttention or not name:
             continue
         if module.bias_k is None and not module.add_zero_attn:
-            model.set_submodule(name, Attention(module).train(module.training))
+            if module not in plain:
+                plain[module] = Attention(module).train(module.training)
+            model.set_submodule(name, plain[module])
     return model

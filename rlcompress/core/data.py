@@ -298,6 +298,14 @@ def _sound(data: Data) -> Data:
         elif raw.is_floating_point() and not bool(raw.isfinite().all()):
             number = int((~raw.isfinite().flatten(1).all(1)).nonzero()[0])
             found.append(f"data: image {number} of the {name} split has values that are not finite")
+        elif data.labelled and not 0 <= split.labels_N.min() <= split.labels_N.max() < (
+            data.num_classes
+        ):
+            low, high = int(split.labels_N.min()), int(split.labels_N.max())
+            found.append(
+                f"data: the {name} split has labels from {low} to {high}; allowed: 0 to "
+                f"{data.num_classes - 1}, as its num_classes = {data.num_classes} says"
+            )
     if data.labelled and len(data.train) and len(data.train.labels_N.unique()) < 2:
         only = int(data.train.labels_N[0])
         found.append(

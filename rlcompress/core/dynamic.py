@@ -32,7 +32,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.fitted import CutNetwork
 from rlcompress.core.graph import Layer, Network
 from rlcompress.core.inputs import choice_problems, require
-from rlcompress.core.observation import Live, Observer, Progress
+from rlcompress.core.observation import Live, Observer, Progress, growth, in_force
 from rlcompress.core.prior import Prior
 from rlcompress.core.schedule import BITS, FULL_PRECISION, KEEPS, Schedule
 from rlcompress.core.signals import Signals
@@ -100,8 +100,10 @@ class DynamicCompressor:
         self.squeezed = Squeezed(model, self.network)
         self.signals = Signals(model, self.network, self.keeps, self.bits, clip, seed)
         self.steps = self.decisions = 0
+        self._frozen = False
         self._begun: tuple[float, float] | None = None
         self._observer: Observer | None = None
+        self._legal_A = np.empty(0, dtype=bool)
         self._progress: Progress | None = None
         self._small: CutNetwork | None = None
 
@@ -146,11 +148,13 @@ class DynamicCompressor:
 
     def _release(self) -> CutNetwork:
         if self._small is None:
-            if not self.finished and self.ratio < self.target:
+            if self.ratio < self.target and not self._frozen:
+                left = self.steps_needed - self.steps
+                why = f"{left} more steps, or a shorter pace, reach it"
+                why = "a schedule that was applied is larger" if self.finished else why
                 warnings.warn(
-                    f"finalized after {self.steps} of {self.steps_needed} steps: "
-                    f"{self.ratio:.1f}x fewer bytes, the target is {self.target:g}x; "
-                    f"{self.steps_needed - self.steps} more steps, or a shorter pace, reach it",
+                    f"finalized after {self.steps} of {self.steps_needed} steps: {self.ratio:.1f}x "
+                    f"fewer bytes, the target is {self.target:g}x; {why}",
                     stacklevel=3,  # the line that calls `finalize` or `save`
                 )
             self.signals.close()
@@ -224,6 +228,9 @@ class DynamicCompressor:
         layers = len(self.layers)
         next_round = -(-self.decisions // layers) * layers
         begin = self._time_of(next_round) - self.pace.watch
+        if next_round:
+            # Not before the pass at hand has begun.
+            begin = max(begin, self._time_of(next_round - layers) + 1)
         early = self.pace.warmup - 2 * self.pace.watch
         self.signals.listening = self.steps >= early
         if self.steps <= early:
@@ -252,6 +259,7 @@ class DynamicCompressor:
         observation = self._observer.observe(
             self._progress, np.array([self.aim]), self._live(layer)
         )
+        self._legal_A = observation["mask"][0] > 0
         return {name: array[0] for name, array in observation.items()}
 
     def choose(self) -> int:
@@ -277,8 +285,8 @@ class DynamicCompressor:
             bits_now=int(choice["bits"]),
             round=self.round / self.pace.rounds,
             trained=min(1.0, (self.steps - self.pace.warmup) / total),
-            loss=float(np.log(loss / self._begun[0])),
-            loss_trend=float(np.log(loss / slow_loss)),
+            loss=growth(loss, self._begun[0]),
+            loss_trend=growth(loss, slow_loss),
             gradient=float(np.log(gradient / self._begun[1])),
             gradient_trend=float(np.log(gradient / slow_gradient)),
         )
@@ -293,18 +301,16 @@ class DynamicCompressor:
             self.observation()
         assert self._observer is not None
         assert self._progress is not None
+        if not 0 <= action < len(self._legal_A) or not self._legal_A[action]:
+            raise ValueError(f"action {action} is illegal here (its mask is 0)")
         observer, t = self._observer, self.decisions % len(self.layers)
         keep = observer.keep_choices[observer.keep_A[action]]
         bits = observer.bits_choices[observer.bits_A[action]]
         layer = self.layers[t]
-        group = self.network.owned_group(layer.name)
-        if group is None and keep != 1.0:
-            raise ValueError(f"action {action}: {layer.name} owns no group, its keep must be 1")
-        if group is not None:
+        if (group := self.network.owned_group(layer.name)) is not None:
             self.squeezed.cut(group.name, keep, self.signals.importance()[group.name])
         self._quantize(layer, bits)
-        names = [x.name for x in self.layers[: t + 1]]
-        done_NT = np.array([[self.unexplained[name] for name in names]])
+        done_NT = np.array([[self.unexplained[x.name] for x in self.layers[: t + 1]]])
         self._progress = observer.decide(self._progress, np.array([action]), done_NT)
         self._observer = None
         self.decisions += 1
@@ -324,6 +330,12 @@ class DynamicCompressor:
                 self.squeezed.cut(name, schedule.ratio(name), importance[name])
         for layer in self.layers:
             self._quantize(layer, schedule.width(layer.name))
+        if (progress := self._progress) is not None:
+            choices = self.keeps, self.bits
+            self._progress = in_force(
+                progress, self.network, self.schedule, choices, self.unexplained
+            )
+        self._observer = None
 
     def _quantize(self, layer: Layer, bits: int) -> None:
         clip_O = self.signals.clip_of(layer.name, bits) if bits != FULL_PRECISION else None
@@ -331,9 +343,8 @@ class DynamicCompressor:
 
     def choice_of(self, layer: str) -> dict[str, float | int]:
         """The keep ratio of a layer's group and its bits, as they are now."""
-        group = self.network.layers[layer].group
         return {
-            "keep": self.squeezed.ratios.get(group or "", 1.0),
+            "keep": self.squeezed.ratios.get(self.network.layers[layer].group or "", 1.0),
             "bits": self.squeezed.bits(layer),
         }
 
@@ -344,7 +355,7 @@ class DynamicCompressor:
 
     def freeze(self) -> None:
         """Leaves the choices as they are: no decision is due any more."""
-        self.decisions = self.pace.rounds * len(self.layers)
+        self.decisions, self._frozen = self.pace.rounds * len(self.layers), True
 
     # --- checks ------------------------------------------------------------------------------
 

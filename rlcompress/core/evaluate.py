@@ -168,7 +168,7 @@ class Evaluator(ABC):
             taught = self._dense_logits[: self.fit_count].clone().log_softmax(1)
             distill(small.model, fit, taught, self.steps, seed=self._seed)
         with torch.inference_mode():
-            logits: torch.Tensor = small.model(score)
+            logits: torch.Tensor = small.model(score.clone())
         return logits
 
     def run(self, schedule: Schedule, *, collect: bool = False) -> Prefix:

@@ -20,7 +20,7 @@ from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.graph import Layer, Network, kept_mask
 from rlcompress.core.prefix import Prefix, Step, touched
-from rlcompress.core.reading import NORMS, estimated
+from rlcompress.core.reading import NORMS, estimated, first_input
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 from rlcompress.core.trace import TraceError, trace
 
@@ -175,7 +175,7 @@ class IncrementalEvaluator(Evaluator):
                 if node.op == "call_module":
                     module = self._modules[target]
                     if norm is not None and estimated(module):
-                        values[node] = norm(target, args[0])
+                        values[node] = norm(target, first_input(args, kwargs))
                     else:
                         values[node] = module(*args, **kwargs)
                 elif node.op == "call_function":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,17 +21,23 @@ if TYPE_CHECKING:
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
     """A model that is somebody's own: in eval mode and without gradients inside, with its modes
-    and gradients of before afterwards."""
+    and gradients of before afterwards. It is called with copies: its code may change them."""
     training = [module for module in model.modules() if module.training]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     model.eval().zero_grad(set_to_none=True)
+    copies = model.register_forward_pre_hook(_copied)
     try:
         yield
     finally:
+        copies.remove()
         for module in training:
             module.training = True
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+def _copied(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args)
 
 
 def choice_problems(keeps: Sequence[float], bits: Sequence[int]) -> list[str]:
@@ -84,7 +90,7 @@ def label_problems(labels: torch.Tensor | None, count: int) -> list[str]:
 def class_problems(labels: torch.Tensor | None, model: nn.Module, image: torch.Tensor) -> list[str]:
     """A network that does not tell two classes apart, labels beyond its classes. `image`: one that
     it takes."""
-    classes = model(image).shape[1]
+    classes = model(image.clone()).shape[1]
     if classes < 2:
         return [f"the network answers with {classes} logit; allowed: 2 or more, one a class"]
     if labels is None or int(labels.max()) < classes:

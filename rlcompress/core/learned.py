@@ -26,6 +26,7 @@ from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Network
 from rlcompress.core.prior import Losses
+from rlcompress.core.process import seeded
 from rlcompress.core.schedule import FULL_PRECISION, Record
 from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.tensors import load_tensors, save_tensors
@@ -160,7 +161,8 @@ def load_learned(path: Path) -> LearnedLosses:
                 f"{path}: learned losses of version {about['version']}, this rlcompress reads "
                 f"version {VERSION}; train the policy again"
             )
-        learned = LearnedLosses(about["hidden"], about["members"])
+        with seeded(0):  # weights that are replaced
+            learned = LearnedLosses(about["hidden"], about["members"])
         learned.load_state_dict(tensors)
     except UserError:
         raise
@@ -247,8 +249,7 @@ def fit(
     penalty  on the mean square of the log factors: what is not learned stays as it is estimated
     """
     rows = torch.cat([network.rows() for network in networks])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         learned = LearnedLosses(hidden, members)
         learned.mean.copy_(rows.mean(0))
         learned.deviation.copy_(rows.std(0) + 1e-3)

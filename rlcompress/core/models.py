@@ -23,6 +23,7 @@ from torch import nn
 from rlcompress.core import small_models
 from rlcompress.core.attention import plain_attention
 from rlcompress.core.errors import UserError, blame, did_you_mean
+from rlcompress.core.process import seeded
 
 #: Convolutions of each of VGG's five stages (Simonyan & Zisserman, 2015, table 1: A, D, E), and
 #: their output channels; a pooling ends each stage.
@@ -220,8 +221,7 @@ def build_model(
     if not num_classes:
         kwargs.pop("num_classes", None)
     kwargs.update(args)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             model = function(**kwargs)
         except UserError:

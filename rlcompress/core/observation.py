@@ -8,11 +8,12 @@ A change of columns is a change of `OBSERVATION_VERSION`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from rlcompress.core.graph import Layer
+from rlcompress.core.graph import Layer, Network
 from rlcompress.core.prior import Prior
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 from rlcompress.core.sensitivity import Estimates
@@ -84,6 +85,31 @@ class Progress:
     @property
     def step(self) -> int:
         return self.unexplained_NT.shape[1]
+
+
+def in_force(
+    progress: Progress,
+    network: Network,
+    schedule: Schedule,
+    choices: tuple[Sequence[float], Sequence[int]],
+    unexplained: Mapping[str, float],
+) -> Progress:
+    """One episode's `progress` if what it has decided were as `schedule` says: of each the nearest
+    of the `choices` (keep ratios, bits)."""
+    done = [*network.layers][: progress.step]
+    keep_NG, bits_NL = progress.keep_NG.copy(), progress.bits_NL.copy()
+    keeps, bits = map(np.asarray, choices)
+    for g, name in enumerate(network.groups):
+        if keep_NG[0, g] >= 0:
+            keep_NG[0, g] = np.abs(keeps - schedule.ratio(name)).argmin()
+    for t, name in enumerate(done):
+        bits_NL[0, t] = np.abs(bits - schedule.width(name)).argmin()
+    return Progress(keep_NG, bits_NL, np.array([[unexplained[name] for name in done]]))
+
+
+def growth(now: float, then: float) -> float:
+    """log(now / then); 0 where a loss has changed its sign."""
+    return float(np.log(now / then)) if now * then > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from rlcompress.core.files import save_json
 from rlcompress.core.graph import Network
 from rlcompress.core.learned import LearnedLosses, load_learned
 from rlcompress.core.prior import Losses
+from rlcompress.core.process import seeded
 from rlcompress.core.sensitivity import Estimates
 from rlcompress.core.tensors import load_tensors, save_tensors
 
@@ -97,7 +98,8 @@ def load_policy(folder: Path, observation_version: int) -> tuple[Policy, dict[st
     try:
         about = json.loads((folder / "policy.json").read_text())
         shape = PolicyShape(**about.pop("shape"))
-        policy = Policy(shape)
+        with seeded(0):  # weights that are replaced
+            policy = Policy(shape)
         policy.load_state_dict(load_tensors(folder / "policy.safetensors")[0])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: no intact policy: {error}") from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -26,6 +28,17 @@ def settle_process() -> None:
         if hasattr(library, "mallopt"):
             for option in (_MMAP_THRESHOLD, _TOP_PAD, _TRIM_THRESHOLD):
                 library.mallopt(*option)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's own generators, which initial weights and dropout are drawn from, on this seed; then
+    as they were before."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        # Of a GPU that nobody has used yet nothing could be given back.
+        (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed)
+        yield
 
 
 @functools.cache

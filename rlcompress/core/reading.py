@@ -8,13 +8,14 @@ the path that the example takes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rlcompress.core.calls import Call, LayerCalls, layer_weights
 from rlcompress.core.errors import UserError, first_line
@@ -22,9 +23,15 @@ from rlcompress.core.errors import UserError, first_line
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
+def is_norm(module: object) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """Whether it computes a batch norm and nothing else: some of their subclasses end in an
+    activation, which would be lost where a norm is folded."""
+    return isinstance(module, NORMS) and type(module).forward is _BatchNorm.forward
+
+
 def estimated(module: nn.Module) -> bool:
     """Whether it is a batch norm with statistics of its own."""
-    return isinstance(module, NORMS) and module.running_mean is not None
+    return is_norm(module) and module.running_mean is not None
 
 
 def rest_of(
@@ -87,6 +94,12 @@ def all_gradients(model: nn.Module):  # type: ignore[no-untyped-def]
                 parameter.requires_grad_(False)
 
 
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What a layer or norm is called with, by place or by name."""
+    x: torch.Tensor = args[0] if args else kwargs["input"]
+    return x
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
@@ -103,6 +116,7 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
     images = len(inputs[0])
     layer_of: dict[Any, str] = {}  # autograd node of a layer's output -> the layer
     norm_of: dict[Any, list[str]] = {}  # autograd node of a norm's input -> norms
+    norm_dims: dict[str, int] = {}  # of that input
     norm_uses: Counter[str] = Counter()
 
     def on_layer(call: Call) -> torch.Tensor:
@@ -116,12 +130,12 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
         layer_of[y.grad_fn] = call.name
         return y
 
-    def on_norm(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def pre(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    def on_norm(name: str) -> Callable[..., None]:
+        def pre(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             norm_uses[name] += 1
-            # Three dimensions: its channels are not a linear layer's outputs.
-            if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (2, 4):
-                norm_of.setdefault(args[0].grad_fn, []).append(name)
+            x = first_input(args, kwargs)
+            norm_of.setdefault(x.grad_fn, []).append(name)
+            norm_dims[name] = x.dim()
 
         return pre
 
@@ -130,7 +144,7 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
         stack.enter_context(all_gradients(model))
         for name, module in model.named_modules():
             if estimated(module):
-                handle = module.register_forward_pre_hook(on_norm(name))
+                handle = module.register_forward_pre_hook(on_norm(name), with_kwargs=True)
                 stack.callback(handle.remove)
         stack.enter_context(LayerCalls(weights, on_layer))
         try:
@@ -150,6 +164,9 @@ def read(model: nn.Module, inputs: tuple[Any, ...]) -> Reading:
             layer is not None
             and uses[layer] == len(names) == norm_uses[names[0]] == 1
             and readers[node] == 1
+            # Else the channels of one are not the outputs of the other: a linear layer's are the
+            # last dimension, whatever lies before it.
+            and norm_dims[names[0]] == weights[layer].dim()
         ):
             absorbed[layer] = names[0]
     return Reading(

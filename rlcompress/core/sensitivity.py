@@ -326,7 +326,7 @@ def _estimate(
     modules = dict(model.named_modules())
     weights = {name: modules[name].weight for name in network.layers}
     with torch.no_grad(), LayerCalls(weights, handle):  # type: ignore[arg-type]
-        model(images[:batch].clone())
+        model(images[:batch])
     if 2 * len(rest) < len(images):
         half = max(1, len(images) // 2)
         images, rest = images[:half], images[-half:]

@@ -35,6 +35,7 @@ from rlcompress.core.graph import Layer, Link, Network
 from rlcompress.core.positions import patches, sample_positions
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, float_weight, mse_clip, scale_of
+from rlcompress.core.reading import first_input
 from rlcompress.core.sensitivity import Estimates, root_activation
 
 #: Output positions of a layer that are looked at, and inputs that covariances are taken from.
@@ -98,12 +99,14 @@ class Signals:
         self._predictors: dict[str, torch.Tensor] = {}
         self._tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._hooks = [
-            module.register_forward_hook(self._listen(network.layers[name]))
+            module.register_forward_hook(self._listen(network.layers[name]), with_kwargs=True)
             for name, module in self._modules.items()
         ]
         self._hooks.append(model.register_forward_pre_hook(self._count, with_kwargs=True))
         self._hooks += [
-            self._modules[name].register_forward_pre_hook(self._watch(network.layers[name]))
+            self._modules[name].register_forward_pre_hook(
+                self._watch(network.layers[name]), with_kwargs=True
+            )
             for name in sorted({n for pairs in self._readers.values() for n, _ in pairs})
         ]
 
@@ -126,11 +129,13 @@ class Signals:
 
     def _listen(self, layer: Layer) -> Any:
         @torch.no_grad()
-        def hook(module: nn.Module, args: tuple[Any, ...], y: torch.Tensor) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: torch.Tensor
+        ) -> None:
             if layer.name not in self.wanted or not self._live:
                 return
             self.wanted.discard(layer.name)
-            call = as_call(layer.name, module, args[0].detach().float())
+            call = as_call(layer.name, module, first_input(args, kwargs).detach().float())
             at = sample_positions(call, y.shape, len(y), POSITIONS, self._generator)
             self.patches[layer.name] = patches(call, at, layer.conv_groups)
             if layer.kind != "depthwise":
@@ -149,8 +154,8 @@ class Signals:
     def _watch(self, layer: Layer) -> Any:
         """Gives the layer its input under another name, whose gradient is this reader's own."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            x = args[0]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            x = first_input(args, kwargs)
             if not (self.listening and self._live):
                 return None
             if not x.requires_grad:  # the network's own input
@@ -159,7 +164,8 @@ class Signals:
             # The hook must not hold the tensor it hangs on: no collector would find that cycle.
             seen = mine.detach()
             mine.register_hook(lambda gradient: self._take(layer, seen, gradient))
-            return (mine, *args[1:])
+            named = {**kwargs, "input": mine}
+            return ((mine, *args[1:]), kwargs) if args else (args, named)
 
         return hook
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,11 +24,23 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
 from rlcompress.core.inputs import borrowed
 from rlcompress.core.prune import cut, masked
-from rlcompress.core.reading import NORMS, Reading, all_gradients, leave_out, read, rest_of
+from rlcompress.core.reading import (
+    NORMS,
+    Reading,
+    all_gradients,
+    estimated,
+    is_norm,
+    leave_out,
+    read,
+    rest_of,
+)
 
 #: Largest difference between a masked and a cut network, relative to the largest output.
 TOLERANCE = 1e-4
 CHECK_SECONDS = 20.0
+#: Factor of the images that one of the check's cuts is tried on: what divides channels by their
+#: neighbours, as local response normalization does, shows where values are large.
+LARGE = 16.0
 
 
 def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1) -> Network:
@@ -48,7 +60,8 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     _refuse_other_types(weights)
     _refuse_complex(model)
     with borrowed(model):
-        return _read_and_checked(model, example, round_to)
+        # Whole it is called with copies; its parts, where they are read, are not.
+        return _read_and_checked(model, example.clone(), round_to)
 
 
 def _read_and_checked(model: nn.Module, example: torch.Tensor, round_to: int) -> Network:
@@ -164,11 +177,13 @@ def _why_whole(
         if member.output and any(member.name.startswith(f"{name}.") for name in heads):
             return f"it is split into attention heads ({member.name})"
         if isinstance(module, nn.Conv2d | nn.Linear):
+            if member.name not in reading.uses:
+                return f"{member.name} computes its weight"
             if _kind(module) == "grouped":
                 return f"it meets the grouped convolution {member.name}"
             if reading.uses[member.name] != 1:
                 return f"{member.name} is used {reading.uses[member.name]} times"
-        elif not isinstance(module, NORMS) or module.running_mean is None:
+        elif not estimated(module):
             return f"it meets {type(module).__name__} {member.name}"
     return "" if consumers else "nothing reads it"
 
@@ -189,6 +204,8 @@ def _assemble(
             {m.name for m in members if not m.output and m.name in place},
             key=place.get,  # type: ignore[arg-type]
         )
+        if not layers:
+            continue  # their weights are computed, by code that no cut reaches
         owner = layers[0]
         for member in members:
             if member.module is None:
@@ -245,7 +262,7 @@ def _assemble(
             reading.norm_uses[name],
         )
         for name, module in modules.items()
-        if isinstance(module, NORMS)
+        if is_norm(module)
         and module.running_mean is not None
         and name not in reading.absorbed.values()
         and not _inside(name, unused)
@@ -306,21 +323,27 @@ def _protect(network: Network, names: Sequence[str], reason: str) -> Network:
     return replace(network, groups=groups, layers=layers)
 
 
-def _agrees(model: nn.Module, network: Network, names: Sequence[str], x: torch.Tensor) -> bool:
-    """Whether cutting half of the channels of these groups computes what masking them does: half
-    of them at random, and the first half, which falls on one side of whatever splits them."""
+def _agrees(model: nn.Module, network: Network, names: Collection[str], x: torch.Tensor) -> bool:
+    """Whether cutting channels of these groups computes what masking them does: at random to a
+    half of one group and a quarter of the next, as some groups need the same number; and to the
+    first half of each, which falls on one side of whatever splits them."""
     rng = np.random.default_rng(0)
-    for order in (rng.permutation, np.arange):
-        kept = {}
-        for name in names:
-            channels = network.groups[name].channels
-            kept[name] = np.zeros(channels, dtype=bool)
-            kept[name][order(channels)[: max(1, channels // 2)]] = True
+    for order, shares, scale in (
+        (rng.permutation, (2, 4), 1.0),
+        (rng.permutation, (2, 4), LARGE),
+        (np.arange, (2, 2), 1.0),
+    ):
+        kept, image = {}, scale * x
+        for i, (name, group) in enumerate(network.groups.items()):
+            if name in names:
+                few = max(1, group.channels // shares[i % 2])
+                kept[name] = np.zeros(group.channels, dtype=bool)
+                kept[name][order(group.channels)[:few]] = True
         try:
-            small = cut(model, network, kept)(x)
+            small = cut(model, network, kept)(image.clone())
         except Exception:
             return False  # whatever a wrongly cut network raises
-        wanted = masked(model, network, kept)(x)
+        wanted = masked(model, network, kept)(image.clone())
         limit = TOLERANCE * wanted.abs().max()
         if small.shape != wanted.shape or not bool((small - wanted).abs().max() <= limit):
             return False
@@ -342,6 +365,7 @@ def _probe(model: nn.Module) -> nn.Module:
                 parameter.copy_(0.5 + 0.1 * noise)
     for module in probe.modules():
         if isinstance(module, NORMS) and module.running_mean is not None:
+            assert module.running_var is not None
             mean = 0.1 * torch.randn(module.num_features, generator=generator)
             module.running_mean.copy_(mean)
             module.running_var.fill_(1.0)
@@ -356,13 +380,17 @@ def _checked(model: nn.Module, network: Network) -> Network:
     x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(device)
     deadline = time.process_time() + CHECK_SECONDS
+    exact: list[str] = []
     wrong: list[str] = []
     unsure: list[str] = []
 
     def search(names: Sequence[str]) -> None:
-        if not names or _agrees(model, network, names, x):
+        """Adds those to `exact` that can be cut together with what it has."""
+        if not names:
             return
-        if len(names) == 1:
+        if _agrees(model, network, {*exact, *names}, x):
+            exact.extend(names)
+        elif len(names) == 1:
             wrong.extend(names)
         elif time.process_time() > deadline:
             unsure.extend(names)
@@ -373,9 +401,6 @@ def _checked(model: nn.Module, network: Network) -> Network:
     search(names)
     network = _protect(network, wrong, "a cut there changes what other channels compute")
     network = _protect(network, unsure, "that a cut there is exact could not be checked in time")
-    left = [name for name in names if name not in (*wrong, *unsure)]
-    if (wrong or unsure) and not _agrees(model, network, left, x):
-        network = _protect(network, left, "cuts there change what other channels compute")
     return _without_protected_links(network)
 
 

@@ -12,13 +12,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
 
 from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.reading import NORMS
 
 #: The trace computes what the model does, but for the order of float operations.
 TOLERANCE = 1e-4
-_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+#: `x += y` and the like -> `x + y`.
+_IN_PLACE_OPERATORS = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+}
 
 
 class TraceError(UserError):
@@ -63,8 +68,8 @@ def trace(model: nn.Module, example: torch.Tensor, layers: Collection[str] = ())
         probe = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
         probe = probe.to(example)
         wanted = model(probe.clone())
-        _out_of_place(traced)
         try:
+            _out_of_place(traced)
             ShapeProp(traced).propagate(probe)
             got = traced(probe)
             same = bool((got - wanted).abs().max() <= TOLERANCE * wanted.abs().max())
@@ -89,21 +94,38 @@ def _erase(node: fx.Node) -> None:
 
 
 def _out_of_place(traced: fx.GraphModule) -> None:
-    for name, module in list(traced.named_modules()):
-        if getattr(module, "inplace", False):
-            # The graph shares its modules with the model, which stays as it is.
-            module = copy.copy(module)
-            module.inplace = False
-            traced.set_submodule(name, module)
+    """Raises AttributeError where an in-place operation has no other form."""
     for node in traced.graph.nodes:
-        if node.op == "call_function":
-            name = getattr(node.target, "__name__", "")
-            if node.target in _IN_PLACE_OPERATORS:
-                node.target = getattr(operator, name[1:])
-            said = node.normalized_arguments(traced, normalize_to_only_use_kwargs=True)
-            if said is not None and said.kwargs.get("inplace"):
-                node.args, node.kwargs = (), {**said.kwargs, "inplace": False}
+        if node.op == "call_module":
+            module = traced.get_submodule(node.target)
+            if getattr(module, "inplace", False):
+                # The graph shares its modules with the model, which stays as it is.
+                module = copy.copy(module)
+                module.inplace = False  # type: ignore[assignment]
+                traced.set_submodule(node.target, module)
+        elif node.op == "call_function":
+            _function_out_of_place(node)
         elif node.op == "call_method" and node.target.endswith("_"):
             node.target = node.target.rstrip("_")
     traced.graph.eliminate_dead_code()
     traced.recompile()
+
+
+def _function_out_of_place(node: fx.Node) -> None:
+    function: Any = node.target
+    name = getattr(function, "__name__", "")
+    if function in _IN_PLACE_OPERATORS:
+        node.target = _IN_PLACE_OPERATORS[function]
+    elif name.endswith("_") and getattr(operator, name, None) is not function:
+        plain = name.rstrip("_")
+        node.target = getattr(torch, plain, None) or getattr(F, plain)
+    elif node.kwargs.get("out") is not None:
+        raise AttributeError(f"{name} writes into a tensor (out=)")
+    else:
+        try:
+            said = inspect.signature(function).bind(*node.args, **node.kwargs)
+        except (TypeError, ValueError):  # torch's own in C++, which have no such argument
+            return
+        if said.arguments.get("inplace"):
+            said.arguments["inplace"] = False
+            node.args, node.kwargs = said.args, said.kwargs

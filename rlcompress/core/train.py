@@ -7,7 +7,6 @@ an undisturbed one does (on one device and thread count). Checkpoints are safete
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
 from rlcompress.core.measure import compare
+from rlcompress.core.process import seeded
 from rlcompress.core.schedule import Measurement
 from rlcompress.core.tensors import load_tensors, save_tensors
 
@@ -51,9 +51,11 @@ def _batches(split: Split, recipe: Recipe, seed: int, epoch: int) -> Iterator[to
 
 def _augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Random crop after padding by an eighth, and a random mirror, the same for a batch half."""
-    pad = images.shape[-1] // 8
-    padded = F.pad(images, (pad, pad, pad, pad))
-    top, left = torch.randint(0, 2 * pad + 1, (2,), generator=generator).tolist()
+    down, right = images.shape[-2] // 8, images.shape[-1] // 8
+    padded = F.pad(images, (right, right, down, down))
+    top, left = (
+        int(torch.randint(0, 2 * pad + 1, (1,), generator=generator)) for pad in (down, right)
+    )
     cropped = padded[..., top : top + images.shape[-2], left : left + images.shape[-1]]
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(mirrored.view(-1, 1, 1, 1).to(images.device), cropped.flip(-1), cropped)
@@ -197,26 +199,27 @@ def epochs(
     total = steps * recipe.epochs
     for epoch in range(start, recipe.epochs):
         model.train()
-        torch.manual_seed(seed * 1_000_003 + epoch)
         noise = torch.Generator().manual_seed(seed * 1_000_003 + epoch + 500_000)
         losses = []
-        for i, index in enumerate(_batches(data, recipe, seed, epoch)):
-            images = data.images(index).to(device, memory_format=torch.channels_last)
-            labels = data.labels_N[index].to(device)
-            if recipe.augment:
-                images = _augment(images, noise)
-            logits = first_output(model(images))
-            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-            wanted = None
-            if taught is not None:
-                wanted = taught[index]
-            elif teacher is not None:
-                with torch.no_grad():
-                    wanted = teacher(images).log_softmax(1)
-            if wanted is not None:
-                loss = (1 - recipe.distill) * loss + recipe.distill * imitation(logits, wanted)
-            descend(optimizer, loss, recipe.lr * one_cycle(epoch * steps + i, total))
-            losses.append(loss.detach())
+        with seeded(seed * 1_000_003 + epoch):
+            for i, index in enumerate(_batches(data, recipe, seed, epoch)):
+                images = data.images(index).to(device, memory_format=torch.channels_last)
+                labels = data.labels_N[index].to(device)
+                if recipe.augment:
+                    images = _augment(images, noise)
+                # Its code may change what it is given, which the teacher reads too.
+                logits = first_output(model(images if teacher is None else images.clone()))
+                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                wanted = None
+                if taught is not None:
+                    wanted = taught[index]
+                elif teacher is not None:
+                    with torch.no_grad():
+                        wanted = teacher(images).log_softmax(1)
+                if wanted is not None:
+                    loss = (1 - recipe.distill) * loss + recipe.distill * imitation(logits, wanted)
+                descend(optimizer, loss, recipe.lr * one_cycle(epoch * steps + i, total))
+                losses.append(loss.detach())
         mean = float(torch.stack(losses).mean())
         if not mean == mean or mean == float("inf"):
             raise UserError(
@@ -266,14 +269,6 @@ def train(
     return curve
 
 
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's own generators, which dropout draws from, on this seed; then as they were before."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 def distill(
     model: nn.Module,
     images: torch.Tensor,
@@ -289,7 +284,7 @@ def distill(
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True)
     generator = torch.Generator().manual_seed(seed)
-    with seeded(seed, images.device):
+    with seeded(seed):
         for step in range(steps):
             index = torch.randperm(len(images), generator=generator)[:batch].to(images.device)
             loss = imitation(first_output(model(images[index])), taught[index])

@@ -28,9 +28,10 @@ from rlcompress.core.graph import Network
 from rlcompress.core.measure import compare
 from rlcompress.core.policy import PRIOR, Agent
 from rlcompress.core.problem import pick_device
+from rlcompress.core.process import seeded
 from rlcompress.core.schedule import BITS, KEEPS, Measurement, Schedule
 from rlcompress.core.squeeze import Pace
-from rlcompress.core.train import descend, first_output, logits_of, one_cycle, seeded, sgd
+from rlcompress.core.train import descend, first_output, logits_of, one_cycle, sgd
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Trainer:
         labels = data.labels_N[index].to(self._device)
         self.model.train()
         # Dropout draws from torch's own generator.
-        with seeded(self._generator.initial_seed() * 1_000_003 + self.step, self._device):
+        with seeded(self._generator.initial_seed() * 1_000_003 + self.step):
             logits = first_output(self.model(images))
         loss = F.cross_entropy(logits, labels)
         descend(self._optimizer, loss, t.lr * one_cycle(self.step, t.steps))

@@ -19,7 +19,7 @@ from rlcompress.core.graph import kept_mask
 from rlcompress.core.prefix import FittedLayer, Prefix, Step
 from rlcompress.core.prune import cut
 from rlcompress.core.quant import fake_quantize
-from rlcompress.core.reading import NORMS, estimated
+from rlcompress.core.reading import NORMS, estimated, first_input
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 
 Statistics = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -47,7 +47,7 @@ class WholeEvaluator(Evaluator):
             return y
 
         with torch.inference_mode(), LayerCalls(self._weights, handle):
-            logits = self._model(self._batch)
+            logits = self._model(self._batch.clone())  # its code may change it
         ((name, y),) = last
         self._last = name if y is logits and self.network.layers[name].kind == "linear" else None
         self._dense_done(logits)
@@ -97,14 +97,15 @@ class WholeEvaluator(Evaluator):
             steps[call.name] = self._step(layer, call, kept, choices[t][1], t < first)
             return steps[call.name].y
 
-        def estimate(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def pre(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def estimate(name: str) -> Callable[..., None]:
+            def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 assert isinstance(module, NORMS)
                 assert module.running_mean is not None
                 assert module.running_var is not None
                 everything = torch.arange(len(module.running_mean))
                 untouched = len(steps) <= first
-                found = self._statistics(module, args[0], everything, untouched)
+                x = first_input(args, kwargs)
+                found = self._statistics(module, x, everything, untouched)
                 statistics[name] = found
                 module.running_mean.copy_(found[0])
                 module.running_var.copy_(found[1])
@@ -118,11 +119,12 @@ class WholeEvaluator(Evaluator):
             small = cut(self._model, self.network, kept)
             for name, module in small.named_modules():
                 if estimated(module) and name not in self._shared:
-                    stack.callback(module.register_forward_pre_hook(estimate(name)).remove)
+                    hook = module.register_forward_pre_hook(estimate(name), with_kwargs=True)
+                    stack.callback(hook.remove)
             weights = {n: w for n, w in layer_weights(small).items() if n in self._place}
             stack.enter_context(LayerCalls(weights, handle))
             with suppress(_ReachedError):
-                live["logits"] = small(self._batch.to(self.dtype))
+                live["logits"] = small(self._batch.to(self.dtype, copy=True))
         fitted: dict[str, FittedLayer] = {}
         norms: Statistics = {}
         if collect:

@@ -38,7 +38,7 @@ from rlcompress.stages.storage import Storage
 from rlcompress.stages.weights import digest_of_file, load_weights
 
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
-MEASUREMENTS = "7"
+MEASUREMENTS = "8"
 DENSE_INPUTS = ("model", "data", "dense", "seed")
 #: Of a folder: names what its content is made from.
 MARKER = "inputs.json"

@@ -12,7 +12,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.structure import build_network
 from rlcompress.core.tensors import load_tensors
-from rlcompress.core.train import Recipe, distill, logits_of, measure, teach, top1, train
+from rlcompress.core.train import Recipe, _augment, distill, logits_of, measure, teach, top1, train
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +136,18 @@ def test_lessons_of_a_few_steps_repeat_to_the_bit(split):
 
     first, second = weights(1), weights(2)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_leaves_the_caller_s_random_numbers(split):
+    model = small_network()
+    before = torch.get_rng_state()
+    train(model, split, Recipe(epochs=1, batch_size=50), seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_wide_images_are_padded_by_an_eighth_of_each_side():
+    """Every crop shows at least half of a narrow image."""
+    wide = torch.ones(64, 1, 8, 64)
+    batches = [_augment(wide, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    assert all(batch.shape == wide.shape for batch in batches)
+    assert min(float(batch.mean()) for batch in batches) >= (7 / 8) ** 2

@@ -15,122 +15,22 @@ from rlcompress.core.fitted import CutNetwork
 from rlcompress.core.measure import compare
 from rlcompress.core.prune import cut
 from rlcompress.core.squeeze import Pace
-
-SHAPE = (3, 8, 8)
-HERE = "tests.core.test_unusual"
-
-
-def head(channels: int = 8) -> list[nn.Module]:
-    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)]
-
-
-def conv(channels: int = 8, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(channels, 8, 3, padding=1, bias=bias)
-
-
-def norms_without_affine() -> nn.Module:
-    norms = [nn.BatchNorm2d(8, affine=False) for _ in range(2)]
-    layers = [conv(3, bias=False), norms[0], nn.ReLU(), conv(), norms[1], nn.ReLU()]
-    return nn.Sequential(*layers, *head())
-
-
-def norms_without_statistics() -> nn.Module:
-    norm = nn.BatchNorm2d(8, track_running_stats=False)
-    return nn.Sequential(conv(3), norm, nn.ReLU(), conv(), nn.ReLU(), *head())
-
-
-def one_norm_twice() -> nn.Module:
-    norm = nn.BatchNorm2d(8)
-    return nn.Sequential(conv(3), norm, nn.ReLU(), conv(), norm, nn.ReLU(), *head())
-
-
-def one_convolution_twice() -> nn.Module:
-    twice = conv()
-    layers = [conv(3), nn.ReLU(), twice, nn.ReLU(), twice, nn.ReLU()]
-    return nn.Sequential(*layers, *head()[:2], nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-
-
-def one_prelu_twice() -> nn.Module:
-    slope = nn.PReLU()
-    return nn.Sequential(conv(3), slope, conv(), slope, *head())
-
-
-def no_biases() -> nn.Module:
-    layers = [conv(3, bias=False), nn.ReLU(), conv(bias=False), nn.ReLU()]
-    return nn.Sequential(*layers, *head()[:2], nn.Linear(8, 4, bias=False))
-
-
-class TwoNames(nn.Module):
-    """A layer norm under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c, self.a, self.fc = conv(3), nn.Linear(8, 8), nn.Linear(8, 4)
-        self.n1 = self.n2 = nn.LayerNorm(8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.n1(F.relu(self.c(x)).mean((2, 3)))
-        return self.fc(self.n2(F.relu(self.a(h))))
-
-
-class Interleaved(nn.Module):
-    """Both convolutions, then both of their norms; of different widths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c1, self.c2 = conv(3), nn.Conv2d(3, 6, 3, padding=1)
-        self.b1, self.b2 = nn.BatchNorm2d(8), nn.BatchNorm2d(6)
-        self.c3, self.fc = nn.Conv2d(14, 8, 1), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        p, q = self.c1(x), self.c2(x)
-        p, q = self.b1(p), self.b2(q)
-        return self.fc(self.c3(F.relu(torch.cat([p, q], 1))).mean((2, 3)))
-
-
-class Defaults(nn.Module):
-    """Arguments that nobody gives, one of which decides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c1, self.c2, self.fc = conv(3), conv(), nn.Linear(8, 4)
-
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None, pooled: bool = True
-    ) -> torch.Tensor:
-        h = F.relu(self.c2(F.relu(self.c1(x))))
-        if mask is not None:
-            h = h * mask
-        h = h.mean((2, 3)) if pooled else h.amax((2, 3))
-        return self.fc(h)
-
-
-class Auxiliary(nn.Module):
-    """A head that is computed always and returned in training."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.c1, self.c2 = conv(3), conv()
-        self.aux, self.fc = nn.Linear(8, 4), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        h = F.relu(self.c1(x))
-        other = self.aux(h.mean((2, 3)))
-        y = self.fc(F.relu(self.c2(h)).mean((2, 3)))
-        return (y, other) if self.training else y
-
-
-NETWORKS = (
-    norms_without_affine,
-    norms_without_statistics,
-    one_norm_twice,
-    one_convolution_twice,
-    one_prelu_twice,
-    no_biases,
-    TwoNames,
-    Interleaved,
-    Defaults,
+from tests.unusual import (
+    HERE,
+    NETWORKS,
+    SHAPE,
     Auxiliary,
+    Defaults,
+    InPlace,
+    Interleaved,
+    Viewed,
+    conv,
+    head,
+    neighbours,
+    no_biases,
+    norms_with_activations,
+    norms_without_affine,
+    one_convolution_twice,
 )
 
 
@@ -149,6 +49,7 @@ def made(make) -> tuple[nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("make", NETWORKS)
 def test_scored_is_written_is_read(make, recovery, tmp_path):
     model, images = made(make)
+    given = images.clone()
     network = core.build_network(model, images[:1])
     estimates = core.estimate(model, network, images)
     score = images[32:]
@@ -158,9 +59,11 @@ def test_scored_is_written_is_read(make, recovery, tmp_path):
     schedule = network.uniform(0.5, 6)
     measured = evaluator.evaluate(schedule)
     small = core.fitted_network(model, evaluator, schedule)
+    assert torch.equal(images, given)
     with torch.no_grad():
-        dense, fitted = model(score), quantized(small, schedule)(score)
+        dense, fitted = model(score.clone()), quantized(small, schedule)(score.clone())
     if evaluator.steps == 0:
+        assert evaluator.evaluate(core.Schedule()).kl == pytest.approx(0.0, abs=1e-6)
         _, _, kl = compare(fitted, dense, dense.argmax(1))
         assert kl == pytest.approx(measured.kl, rel=0.02, abs=1e-6)
     path, ref = tmp_path / "w.safetensors", core.ModelRef(f"{HERE}:{make.__name__}", {}, 4, SHAPE)
@@ -168,8 +71,8 @@ def test_scored_is_written_is_read(make, recovery, tmp_path):
     assert path.stat().st_size == measured.bytes
     again = core.load_artifact(path, trust=[ref.factory])
     with torch.no_grad():
-        written = quantized(small, schedule)(score)
-        assert torch.allclose(again(score), written, atol=1e-4 * float(written.abs().max()))
+        written = quantized(small, schedule)(score.clone())
+        assert torch.allclose(again(score.clone()), written, atol=1e-4 * float(written.abs().max()))
 
 
 def quantized(small: CutNetwork, schedule: core.Schedule) -> nn.Module:
@@ -182,6 +85,46 @@ def quantized(small: CutNetwork, schedule: core.Schedule) -> nn.Module:
             weight = modules[name].weight
             weight.copy_(fake_quantize(weight, scale, schedule.width(name)))
     return small.model
+
+
+@pytest.mark.parametrize("recovery", ["bn", "reconstruct"])
+def test_scores_do_not_depend_on_what_was_scored_before(recovery):
+    """In-place functions on what another branch of the same prefix still reads."""
+    model, images = made(InPlace)
+    network = core.build_network(model, images[:1])
+    data = (model, network, images[:32], images[32:], None)
+    estimates = core.estimate(model, network, images)
+    evaluator = core.build_evaluator(*data, estimates, recovery=recovery)
+    schedule = core.Schedule({}, {"c1": 4, "c2": 3})
+    alone = evaluator.evaluate(schedule)
+    for bits in (2, 4, 6, 8):
+        evaluator.evaluate(core.Schedule({}, {"c1": 4, "c2": bits}))
+    again = core.build_evaluator(*data, estimates, recovery=recovery)
+    for bits in (8, 6, 4, 2):
+        again.evaluate(core.Schedule({}, {"c1": 4, "c2": bits}))
+    assert evaluator.evaluate(schedule).kl == again.evaluate(schedule).kl == alone.kl
+
+
+def test_norms_that_compute_more_stay_whole():
+    network = core.build_network(norms_with_activations().eval(), torch.zeros(1, *SHAPE))
+    assert network.layers["0"].batch_norm is None
+    assert [group.protected for group in network.groups.values()] == [
+        "it meets ActiveNorm 1",
+        "it meets ActiveNorm 3",
+        "",
+    ]
+
+
+def test_groups_that_only_shapes_tie_are_not_cut_apart():
+    network = core.build_network(Viewed().eval(), torch.zeros(1, *SHAPE))
+    said = "a cut there changes what other channels compute"
+    assert network.groups["c1"].protected == network.groups["c2"].protected == said
+
+
+def test_channels_that_are_divided_by_their_neighbours_are_not_cut():
+    network = core.build_network(neighbours().eval(), torch.zeros(1, *SHAPE))
+    assert network.groups["0"].protected == "a cut there changes what other channels compute"
+    assert not network.groups["3"].protected
 
 
 def test_norms_that_the_code_calls_later_belong_to_their_layers():

@@ -251,6 +251,44 @@ def test_torchvisions_networks_are_evaluated_as_written(factory, groups, tmp_pat
     assert path.stat().st_size == said.bytes
 
 
+class Shifted(nn.Module):
+    """Changes its input in place, and decides on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 6, 3), nn.Linear(6, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x -= 0.5
+        y = torch.relu(self.conv(x))
+        return self.head(y.mean((2, 3)) if float(y.sum()) >= 0 else y.amax((2, 3)))
+
+
+def test_a_network_that_changes_its_input_changes_no_score():
+    torch.manual_seed(0)
+    model, images = Shifted().eval(), torch.randn(24, 1, 8, 8)
+    given = images.clone()
+    network = build_network(model, images[:1])
+    estimates = estimate(model, network, images)
+    evaluator = build_evaluator(model, network, images[:16], images[16:], None, estimates)
+    assert isinstance(evaluator, WholeEvaluator)
+    assert [evaluator.evaluate(Schedule()).kl for _ in range(3)] == [0.0] * 3
+    assert torch.equal(images, given)
+
+
+def test_attention_of_two_names_is_one_and_draws_no_random_numbers():
+    from rlcompress.core.attention import Attention, plain_attention
+
+    torch.manual_seed(0)
+    shared = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = nn.ModuleList([shared, shared])
+    before = torch.get_rng_state()
+    plain = plain_attention(model)
+    assert isinstance(plain[0], Attention)
+    assert plain[0] is plain[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_attention_becomes_plain_layers_that_compute_the_same():
     from torchvision.models import VisionTransformer
 
