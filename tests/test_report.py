@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,15 @@ import yaml
 from rlcompress.report import depth, figures
 from rlcompress.report.card import model_card, points
 from rlcompress.report.figures import TIMES
-from rlcompress.report.page import write_report
-from tests.reports import PNG, PPO, SPEC, UNIFORM, add, make_ticket
+from rlcompress.schema import Experiment, spec_hash
+from rlcompress.spec import write_resolved
+from rlcompress.stages.report import report
+from rlcompress.stages.workspace import Workspace
+from tests.reports import EXPERIMENT, PNG, PPO, SPEC, UNIFORM, add, make_ticket, write
 from tests.reports import run as run  # the fixture
+
+DECISIONS = [{"step": s, "layer": "conv", "keep": 0.5, "bits": 4, "loss": 1 / s} for s in (10, 20)]
+KNAPSACK = {"search": {"searcher": "knapsack"}}
 
 
 class Page(HTMLParser):
@@ -59,7 +66,7 @@ class Page(HTMLParser):
 
 
 def test_page_after_the_search_only(run: Path) -> None:
-    path = write_report(run)
+    path = write(run)
     page = Page(path)
     assert path == run / "report" / "index.html"
     assert page.headings == ["Searchers", "Training", "Do it again"]
@@ -67,12 +74,12 @@ def test_page_after_the_search_only(run: Path) -> None:
     assert pictures == {"index.html", "front.png", "training.png"}
     assert (path.parent / "front.png").read_bytes().startswith(PNG)
     assert "rlcompress run demo" in path.read_text()
-    assert "0123abcd" in path.read_text()
+    assert spec_hash(EXPERIMENT) in path.read_text()
 
 
 def test_searchers_are_compared_at_the_floor(run: Path) -> None:
     """The floor is 92.0 %; 4 MB / 61.2 kB = 65.4."""
-    page = Page(write_report(run))
+    page = Page(write(run))
     assert page.row("ppo") == ["3", "3", "61.2 kB", f"65.4{TIMES}", "92.10", "1504.9"]
     assert page.row("uniform")[:4] == ["1", "1", "222 kB", f"18{TIMES}"]
     assert page.row("random") == ["1", "1", "none reached it"]
@@ -81,7 +88,7 @@ def test_searchers_are_compared_at_the_floor(run: Path) -> None:
 def test_ticket_stands_beside_dense_baseline_and_controls(run: Path) -> None:
     learning = {"searcher": "ppo", "evaluation": 8, "mean_return": -1.0, "entropy": 2.0}
     (run / "search" / "curve.jsonl").write_text(json.dumps(learning) + "\n")
-    path = write_report(add(run, PPO, UNIFORM))
+    path = write(add(run, PPO, UNIFORM))
     page = Page(path)
     assert page.rows[0] == ["", "dense", "ppo ticket", "uniform ticket"]
     assert page.row("bytes") == ["4,000,000", "61,000", "200,000"]
@@ -98,7 +105,7 @@ def test_ticket_stands_beside_dense_baseline_and_controls(run: Path) -> None:
 def test_best_ticket_is_the_densest_at_the_floor(run: Path) -> None:
     """A ticket of 70 % is dense, but below the floor."""
     cheap = make_ticket("cccc3333", "ppo", 0.70, 10_000)
-    page = Page(write_report(add(run, cheap, PPO, UNIFORM)))
+    page = Page(write(add(run, cheap, PPO, UNIFORM)))
     assert page.row("bytes")[1] == "61,000"
     assert page.row("cccc3333")[:2] == ["ppo", "70.00"]
 
@@ -111,16 +118,16 @@ SHORT = (
 
 def test_a_missed_floor_stands_on_page_and_card(run: Path) -> None:
     missed = make_ticket("cccc3333", "ppo", 0.90, 10_000)
-    assert SHORT in write_report(add(run, missed)).read_text()
+    assert SHORT in write(add(run, missed)).read_text()
     bare = {"onnx": {}, "latency": {}}
     assert f"**Below the accuracy floor**: {SHORT}.\n" in model_card(missed, "demo", SPEC, bare)
     assert "ticket.floor =" not in model_card(PPO, "demo", SPEC, bare)
     # A ticket at the floor goes before it, however large.
-    assert "ticket.floor =" not in write_report(add(run, PPO)).read_text()
+    assert "ticket.floor =" not in write(add(run, PPO)).read_text()
 
 
 def test_page_needs_nothing_else(run: Path) -> None:
-    path = write_report(add(run, PPO, UNIFORM))
+    path = write(add(run, PPO, UNIFORM))
     text, page = path.read_text(), Page(path)
     assert "://" not in text
     assert all(source.startswith("#") for source in page.sources)
@@ -133,12 +140,12 @@ def test_page_needs_nothing_else(run: Path) -> None:
 
 def test_writing_twice_gives_the_same_bytes(run: Path) -> None:
     add(run, PPO, UNIFORM)
-    first = {p.name: p.read_bytes() for p in write_report(run).parent.iterdir()}
-    assert {p.name: p.read_bytes() for p in write_report(run).parent.iterdir()} == first
+    first = {p.name: p.read_bytes() for p in write(run).parent.iterdir()}
+    assert {p.name: p.read_bytes() for p in write(run).parent.iterdir()} == first
 
 
 def test_names_are_escaped(run: Path) -> None:
-    path = write_report(add(run, PPO | {"searcher": "<b>&"}))
+    path = write(add(run, PPO | {"searcher": "<b>&"}))
     assert "<b>&" not in path.read_text()
     assert Page(path).rows[0][2] == "<b>& ticket"
 
@@ -149,22 +156,33 @@ def test_names_are_escaped(run: Path) -> None:
 def test_a_missing_input_is_named_with_the_command_that_makes_it(run: Path, name: str) -> None:
     (run / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name}.*rlcompress run demo"):
-        write_report(run)
+        write(run)
     assert not (run / "report").exists()
 
 
+def beside(run: Path, name: str, accuracy: float, where: Any = (), **changes: Any) -> Workspace:
+    """A run in a folder beside `run`, with a ticket of its options and one of others.
+    `where`: options of where it ran."""
+    workspace = Workspace("demo", Experiment.model_validate(SPEC | changes), run.parent / name)
+    seed = workspace.experiment.seed
+    ran = Experiment.model_validate(SPEC | changes | dict(where))
+    write_resolved(ran, "demo", workspace.folder / "spec.yaml")
+    mine = make_ticket("eeee5555", "ppo", accuracy, 61_000) | {"seed": seed}
+    theirs = make_ticket("ffff6666", "ppo", 0.99, 1_000) | {"seed": seed}
+    inputs = workspace.ticket_inputs()
+    add(workspace.folder, mine | {"inputs": inputs}, theirs | {"inputs": f"{inputs}, distilled"})
+    return workspace
+
+
 def test_several_seeds_give_means_and_intervals(run: Path) -> None:
-    """Runs beside this one count if they differ in nothing but the seed."""
-    add(run, PPO)
-    for name, seed, accuracy, width in (("b", 8, 0.9034, 0.25), ("c", 9, 0.1, 0.5)):
-        other = run.parent / name
-        other.mkdir()
-        spec = SPEC | {"seed": seed, "model": {"factory": "vgg19", "args": {"width": width}}}
-        (other / "spec.yaml").write_text(
-            yaml.safe_dump({"experiment": "demo", "hash": "9", "spec": spec})
-        )
-        add(other, make_ticket("eeee5555", "ppo", accuracy, 61_000) | {"seed": seed})
-    text = write_report(run).read_text()
+    """Runs beside this one count if they differ in nothing but the seed and where they ran."""
+    workspace = beside(run, "demo", 0.9234)
+    elsewhere = {"threads": 1, "ppo": {"num_env_runners": 0, "num_gpus_per_env_runner": 0.5}}
+    elsewhere |= {"storage": "s3://bucket/runs", "device": "cuda:7"}
+    beside(run, "b", 0.9034, elsewhere, seed=8)
+    beside(run, "c", 0.1, seed=9, model={"factory": "vgg19", "args": {"width": 0.5}})
+    beside(run, "d", 0.1, seed=8)  # a seed that is there already
+    text = report(workspace).read_text()
     assert "deviations of 2 seeds (7, 8)" in text
     assert "the others are the runs b." in " ".join(text.split())
     assert "91.34 ± 1.41" in text
@@ -173,19 +191,48 @@ def test_several_seeds_give_means_and_intervals(run: Path) -> None:
     assert figures.arms_over_seeds([PPO])["rewind"][1] is None
 
 
+@pytest.mark.parametrize(
+    "content", [b"openapi: 3.0.0\n", b"", b"a: [", b"\xff", b"experiment: x\nspec: {}\n", None]
+)
+def test_a_folder_beside_that_is_no_run_is_passed_over(run: Path, content: bytes | None) -> None:
+    workspace = beside(run, "demo", 0.9234)
+    other = run.parent / "api" / "spec.yaml"
+    if content is None:
+        other.mkdir(parents=True)
+    else:
+        other.parent.mkdir()
+        other.write_bytes(content)
+    assert "Seed 7 alone" in report(workspace).read_text()
+
+
+def test_tickets_of_other_options_or_of_another_searcher_are_not_shown(run: Path) -> None:
+    workspace = beside(run, "demo", 0.9234)
+    inputs = workspace.ticket_inputs()
+    smaller = make_ticket("gggg7777", "knapsack", 0.9234, 20_000)
+    add(run, UNIFORM | {"inputs": inputs}, smaller | {"inputs": inputs})
+    (run / "dynamic").mkdir()
+    path = run / "dynamic" / "ticket.json"
+    dynamic = PPO | {"id": "dynamic-1", "decisions": DECISIONS}
+    path.write_text(json.dumps(dynamic | {"inputs": "other options none"}))
+    page = Page(report(workspace))
+    assert page.rows[0] == ["", "dense", "ppo ticket", "uniform ticket"]
+    assert page.row("bytes") == ["4,000,000", "61,000", "200,000"]
+    assert not {"All tickets", "While it trained"} & set(page.headings)
+    path.write_text(json.dumps(dynamic | {"inputs": f"{workspace.dynamic_inputs()} none"}))
+    assert "While it trained" in Page(report(workspace)).headings
+    # What the options name comes first, on the terminal too.
+    workspace = Workspace("demo", Experiment.model_validate(SPEC | KNAPSACK), run)
+    add(run, smaller | {"inputs": workspace.ticket_inputs()})
+    assert Page(report(workspace)).rows[0][:3] == ["", "dense", "knapsack ticket"]
+
+
 def test_cost_of_each_layer_and_compression_in_training(run: Path) -> None:
     before = {"channels": 16, "bits": 32, "bytes": 5000, "macs": 2_000_000}
     after = {"channels": 8, "bits": 3, "bytes": 120, "macs": 500_000}
     add(run, PPO)
     costs = [{"name": "conv", "dense": before, "ticket": after}]
     (run / "tickets" / PPO["id"] / "layers.json").write_text(json.dumps(costs))
-    decisions = [
-        {"step": s, "layer": "conv", "keep": 0.5, "bits": 4, "loss": 1 / s} for s in (10, 20)
-    ]
-    (run / "dynamic").mkdir()
-    dynamic = PPO | {"id": "dynamic-1", "decisions": decisions}
-    (run / "dynamic" / "ticket.json").write_text(json.dumps(dynamic))
-    path = write_report(run)
+    path = write(run, dynamic=PPO | {"id": "dynamic-1", "decisions": DECISIONS})
     page = Page(path)
     arrow = "\N{RIGHTWARDS ARROW}"
     assert page.row("conv") == [
@@ -196,7 +243,7 @@ def test_cost_of_each_layer_and_compression_in_training(run: Path) -> None:
     ]
     assert {"What each layer costs", "While it trained"} <= set(page.headings)
     assert (path.parent / "layers.png").exists()
-    loss, keep, bits = depth.dynamic_figure(decisions).axes
+    loss, keep, bits = depth.dynamic_figure(DECISIONS).axes
     np.testing.assert_allclose(loss.lines[0].get_xydata(), [[10, 0.1], [20, 0.05]])
     assert keep.lines[0].get_ydata().tolist() == [0.5, 0.5]
     assert bits.lines[0].get_ydata().tolist() == [4, 4]
