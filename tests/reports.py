@@ -10,6 +10,7 @@ import pytest
 
 from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.schedule import Measurement, Record, Schedule, performance_density
+from rlcompress.report.card import model_card
 from rlcompress.report.page import Shown, write_report
 from rlcompress.schema import Experiment
 
@@ -102,9 +103,17 @@ def add(run: Path, *tickets: dict[str, Any]) -> Path:
     return run
 
 
+COMMAND = "rlcompress run demo --set seed=7 --file 'my experiments.yaml' --out elsewhere"
+
+
+def card(ticket: dict[str, Any], delivered: dict[str, Any] | None = None) -> str:
+    """The card of a ticket; without files in ONNX, if none are given."""
+    return model_card(ticket, "demo", SPEC, delivered or {"onnx": {}, "latency": {}}, COMMAND)
+
+
 def write(run: Path, **changes: Any) -> Path:
     """The report of all tickets in the run folder, those of a searcher before `uniform`'s."""
     found = [json.loads(path.read_text()) for path in run.glob("tickets/*/ticket.json")]
     found.sort(key=lambda t: (t["searcher"] != "uniform", ticket_rank(t)), reverse=True)
-    about = {"command": "rlcompress run demo --set seed=7", "tickets": found} | changes
+    about = {"command": COMMAND, "tickets": found} | changes
     return write_report(run, Shown("demo", EXPERIMENT, **about))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -14,13 +15,24 @@ import pytest
 import yaml
 
 from rlcompress.report import depth, figures
-from rlcompress.report.card import model_card, points
+from rlcompress.report.card import points
 from rlcompress.report.figures import TIMES
 from rlcompress.schema import Experiment, spec_hash
 from rlcompress.spec import write_resolved
 from rlcompress.stages.report import report
 from rlcompress.stages.workspace import Workspace
-from tests.reports import EXPERIMENT, PNG, PPO, SPEC, UNIFORM, add, make_ticket, write
+from tests.reports import (
+    COMMAND,
+    EXPERIMENT,
+    PNG,
+    PPO,
+    SPEC,
+    UNIFORM,
+    add,
+    card,
+    make_ticket,
+    write,
+)
 from tests.reports import run as run  # the fixture
 
 DECISIONS = [{"step": s, "layer": "conv", "keep": 0.5, "bits": 4, "loss": 1 / s} for s in (10, 20)]
@@ -73,7 +85,7 @@ def test_page_after_the_search_only(run: Path) -> None:
     pictures = {p.name for p in path.parent.iterdir()}
     assert pictures == {"index.html", "front.png", "training.png"}
     assert (path.parent / "front.png").read_bytes().startswith(PNG)
-    assert "rlcompress run demo" in path.read_text()
+    assert COMMAND in html.unescape(path.read_text())
     assert spec_hash(EXPERIMENT) in path.read_text()
 
 
@@ -119,9 +131,8 @@ SHORT = (
 def test_a_missed_floor_stands_on_page_and_card(run: Path) -> None:
     missed = make_ticket("cccc3333", "ppo", 0.90, 10_000)
     assert SHORT in write(add(run, missed)).read_text()
-    bare = {"onnx": {}, "latency": {}}
-    assert f"**Below the accuracy floor**: {SHORT}.\n" in model_card(missed, "demo", SPEC, bare)
-    assert "ticket.floor =" not in model_card(PPO, "demo", SPEC, bare)
+    assert f"**Below the accuracy floor**: {SHORT}.\n" in card(missed)
+    assert "ticket.floor =" not in card(PPO)
     # A ticket at the floor goes before it, however large.
     assert "ticket.floor =" not in write(add(run, PPO)).read_text()
 
@@ -262,12 +273,12 @@ def test_model_card_front_matter_and_figures() -> None:
         },
         "latency": {"1": {"dense": 2.0, "model.onnx": 1.5}},
     }
-    card = model_card(PPO, "demo", SPEC, delivered)
-    assert "| model.onnx | 5,432 | 5,321 | 90.00 % | 99.50 % | 2.0e-07 |" in card
-    assert "| batch 1 | 2.00 | 1.50 |" in card
-    bare = model_card(PPO, "demo", SPEC, {"onnx": {}, "latency": {}})
+    text = card(PPO, delivered)
+    assert "| model.onnx | 5,432 | 5,321 | 90.00 % | 99.50 % | 2.0e-07 |" in text
+    assert "| batch 1 | 2.00 | 1.50 |" in text
+    bare = card(PPO)
     assert "onnx" not in bare.lower()
-    _, head, body = card.split("---\n", 2)
+    _, head, body = text.split("---\n", 2)
     matter = yaml.safe_load(head)
     assert matter["license"] == "other"
     assert matter["pipeline_tag"] == "image-classification"
@@ -284,6 +295,7 @@ def test_model_card_front_matter_and_figures() -> None:
     assert 'load_artifact("weights.safetensors")' in body
     assert 'onnxruntime.InferenceSession("model.onnx")' in body
     assert "Seed: 7" in body
+    assert f"Made by `{COMMAND}`" in body
 
 
 def test_report_loads_neither_torch_nor_ray_nor_mlflow() -> None:

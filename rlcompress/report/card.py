@@ -46,11 +46,13 @@ def model_card(
     experiment: str,
     spec: Mapping[str, Any],
     delivered: Mapping[str, Any],
+    command: str,
 ) -> str:
     """Markdown with Hugging Face's YAML front matter, for `tickets/<id>/card.md`.
 
     ticket  the content of ticket.json; spec  the resolved experiment, with model and data
     delivered  `onnx`: file -> what onnx.json says; `latency`: what latency.json says
+    command  makes the run again
     The front matter leaves the licence open: that of the data and the dense network decides.
     """
     compressed = Measurement.from_dict(ticket["ticket"])
@@ -113,7 +115,7 @@ with torch.no_grad():
 ```
 
 {_onnx_example(delivered, batch)}
-Made by `rlcompress run {experiment}`, seed {ticket["seed"]}, spec {ticket["spec_hash"]}.
+Made by `{command}`, seed {ticket["seed"]}, spec {ticket["spec_hash"]}.
 """
 
 

@@ -90,7 +90,7 @@ def finish_tickets(run: Workspace) -> None:
     for ticket in run.tickets():
         folder = folders[ticket["id"]]
         _describe_layers(run, ticket, folder / "layers.json")
-        card = model_card(ticket, run.name, spec, delivered(folder))
+        card = model_card(ticket, run.name, spec, delivered(folder), run.next("run"))
         save_bytes(folder / "card.md", card.encode())
 
 
