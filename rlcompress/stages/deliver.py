@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,9 +138,19 @@ def _state(run: Workspace) -> dict[str, Any]:
     return {
         "uri": run.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"),
         "spec_hash": run.hash,
+        "inputs": _inputs(run),
         "records": len(run.archive()),
-        "tickets": [ticket["id"] for ticket in run.tickets()],
+        "tickets": [[ticket["id"], ticket["inputs"]] for ticket in run.tickets()],
     }
+
+
+def _inputs(run: Workspace) -> str:
+    """All that records and tickets are made from: under the same options the files that they name,
+    weights and a policy, may be others."""
+    path, search = run.folder / "search" / "policies.json", run.experiment.search
+    begun = read_json(path) if path.exists() else {}
+    mine = {name: begun[name] for name in (search.searcher, *search.baselines) if name in begun}
+    return f"{run.search_inputs()} {json.dumps(mine, sort_keys=True)}"
 
 
 def tracked(run: Workspace) -> bool:
@@ -153,8 +164,8 @@ def tracked(run: Workspace) -> bool:
 
 @contextlib.contextmanager
 def tracker_of(run: Workspace) -> Iterator[Tracker]:
-    """The run's tracker, whose parent run is finished behind. Raises OutsideError if MLflow does
-    not answer."""
+    """The run's tracker, whose parent run is ended behind, however that comes about. Raises
+    OutsideError if MLflow does not answer."""
     from rlcompress.tracking import Tracker, TrackingError
 
     try:
@@ -163,9 +174,15 @@ def tracker_of(run: Workspace) -> Iterator[Tracker]:
             experiment=run.name,
             spec=run.experiment.model_dump(mode="json"),
             spec_hash=run.hash,
+            inputs=_inputs(run),
             uri=run.experiment.tracking.uri,
         )
-        yield tracker
+        try:
+            yield tracker
+        except BaseException as error:
+            with contextlib.suppress(TrackingError):
+                tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
         tracker.finish()
     except TrackingError as error:
         raise OutsideError(
