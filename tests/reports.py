@@ -106,9 +106,12 @@ def add(run: Path, *tickets: dict[str, Any]) -> Path:
 COMMAND = "rlcompress run demo --set seed=7 --file 'my experiments.yaml' --out elsewhere"
 
 
-def card(ticket: dict[str, Any], delivered: dict[str, Any] | None = None) -> str:
+def card(
+    ticket: dict[str, Any], delivered: dict[str, Any] | None = None, *, labelled: bool = True
+) -> str:
     """The card of a ticket; without files in ONNX, if none are given."""
-    return model_card(ticket, "demo", SPEC, delivered or {"onnx": {}, "latency": {}}, COMMAND)
+    files = delivered or {"onnx": {}, "latency": {}}
+    return model_card(ticket, "demo", SPEC, files, COMMAND, labelled=labelled)
 
 
 def write(run: Path, **changes: Any) -> Path:
@@ -116,4 +119,4 @@ def write(run: Path, **changes: Any) -> Path:
     found = [json.loads(path.read_text()) for path in run.glob("tickets/*/ticket.json")]
     found.sort(key=lambda t: (t["searcher"] != "uniform", ticket_rank(t)), reverse=True)
     about = {"command": COMMAND, "tickets": found} | changes
-    return write_report(run, Shown("demo", EXPERIMENT, **about))
+    return write_report(run, Shown(**{"name": "demo", "experiment": EXPERIMENT, **about}))

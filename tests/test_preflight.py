@@ -170,6 +170,10 @@ def test_no_labels_at_all(rlcompress, unlabelled):
     ticket = read_json(path)
     assert ticket["dense"]["accuracy"] == 1.0
     assert 0.1 < ticket["ticket"]["accuracy"] <= 1.0
+    assert "| | agreement with dense | bytes |" in path.with_name("card.md").read_text()
+    page = Path("runs/tiny/report/index.html").read_text()
+    assert "<th>agreement with dense, %</th>" in page
+    assert "<th>accuracy, %</th>" not in page
 
 
 def test_no_labels_and_nothing_that_answers(rlcompress, unlabelled):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -36,6 +37,18 @@ from tests.reports import (
 from tests.reports import run as run  # the fixture
 
 DECISIONS = [{"step": s, "layer": "conv", "keep": 0.5, "bits": 4, "loss": 1 / s} for s in (10, 20)]
+DELIVERED = {
+    "onnx": {
+        "model.onnx": {
+            "bytes": 5432,
+            "container_bytes": 5321,
+            "difference": 2e-7,
+            "agreement": 0.995,
+            "validation_accuracy": 0.9,
+        }
+    },
+    "latency": {"1": {"dense": 2.0, "model.onnx": 1.5}},
+}
 KNAPSACK = {"search": {"searcher": "knapsack"}}
 
 
@@ -95,6 +108,7 @@ def test_searchers_are_compared_at_the_floor(run: Path) -> None:
     assert page.row("ppo") == ["3", "3", "61.2 kB", f"65.4{TIMES}", "92.10", "1504.9"]
     assert page.row("uniform")[:4] == ["1", "1", "222 kB", f"18{TIMES}"]
     assert page.row("random") == ["1", "1", "none reached it"]
+    assert "densest at the floor" in page.row("searcher")
 
 
 def test_ticket_stands_beside_dense_baseline_and_controls(run: Path) -> None:
@@ -261,19 +275,7 @@ def test_cost_of_each_layer_and_compression_in_training(run: Path) -> None:
 
 
 def test_model_card_front_matter_and_figures() -> None:
-    delivered = {
-        "onnx": {
-            "model.onnx": {
-                "bytes": 5432,
-                "container_bytes": 5321,
-                "difference": 2e-7,
-                "agreement": 0.995,
-                "validation_accuracy": 0.9,
-            }
-        },
-        "latency": {"1": {"dense": 2.0, "model.onnx": 1.5}},
-    }
-    text = card(PPO, delivered)
+    text = card(PPO, DELIVERED)
     assert "| model.onnx | 5,432 | 5,321 | 90.00 % | 99.50 % | 2.0e-07 |" in text
     assert "| batch 1 | 2.00 | 1.50 |" in text
     bare = card(PPO)
@@ -296,6 +298,49 @@ def test_model_card_front_matter_and_figures() -> None:
     assert 'onnxruntime.InferenceSession("model.onnx")' in body
     assert "Seed: 7" in body
     assert f"Made by `{COMMAND}`" in body
+
+
+def test_a_card_says_retrained_of_an_arm_that_was_trained() -> None:
+    assert "What survived was retrained (arm `rewind`)" in card(PPO)
+    untrained = PPO | {"arm": "reconstructed", "controls": {"rewind": PPO["ticket"]}}
+    text = card(untrained | {"validation": PPO["validation"] | {"reconstructed": 0.93}})
+    assert "retrained" not in text
+    assert "refitted in closed form, not trained (arm `reconstructed`)" in text
+
+
+def add_delivered(run: Path, ticket: dict[str, Any]) -> None:
+    for name, content in (("onnx", DELIVERED["onnx"]), ("latency", DELIVERED["latency"])):
+        (run / "tickets" / ticket["id"] / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_without_labels_agreement_is_not_called_accuracy(run: Path) -> None:
+    """On page, figures and card; what the search measures goes by the option as well."""
+    path = run / "dense" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labelled": False}))
+    third = make_ticket("cccc3333", "ppo", 0.90, 10_000)
+    add_delivered(add(run, PPO, UNIFORM, third), PPO)
+    dynamic = PPO | {"id": "dynamic-1", "decisions": DECISIONS}
+    text = write(run, dynamic=dynamic).read_text().split("<details><summary>Every option")
+    said = re.sub(r"validation_accuracy|accuracy-\d-\w+|accuracy-\$\{|point\.accuracy", "", text[0])
+    said = said.replace('"accuracy":', "")  # what the page's script finds
+    assert "accuracy" not in said.lower()
+    assert Page(run / "report" / "index.html").row("agreement with dense, %")[0] == "92.80"
+    assert '"measure":"agreement with dense"' in text[1]
+    text = card(PPO, DELIVERED, labelled=False)
+    assert "accuracy" not in text.lower()
+    assert "| | agreement with dense | bytes |" in text
+    assert "They have no labels" in text
+    (result,) = yaml.safe_load(text.split("---\n", 2)[1])["model-index"][0]["results"]
+    assert [m["type"] for m in result["metrics"]] == ["agreement", "bytes"]
+
+
+def test_a_search_without_labels_agrees_and_its_tickets_are_accurate(run: Path) -> None:
+    blind = Experiment.model_validate(SPEC | {"calibration": {"labels": False}})
+    path = write(add(run, PPO), experiment=blind)
+    page = Page(path)
+    assert page.row("accuracy, %")[0] == "92.80"
+    assert [c for row in page.rows for c in row if "agree" in c] == ["agreement with dense, %"]
+    assert "Diamonds: tickets, their accuracy on the test split" in path.read_text()
 
 
 def test_report_loads_neither_torch_nor_ray_nor_mlflow() -> None:

@@ -18,7 +18,7 @@ from rlcompress.core.files import read_archive, read_lines, save_bytes
 from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.report import depth, figures
-from rlcompress.report.card import below_floor, delivered
+from rlcompress.report.card import below_floor, delivered, measure_of, points
 from rlcompress.schema import Experiment, spec_hash
 
 _LIBRARIES = ("rlcompress", "torch", "ray", "gymnasium", "mlflow", "numpy", "onnxruntime")
@@ -74,20 +74,24 @@ def _assemble(run: Path, shown: Shown) -> tuple[str, dict[str, Figure]]:
     floor = shown.experiment.ticket.floor
     main, baseline = _chosen(shown.tickets)
     dynamic = shown.dynamic
+    # Earlier versions did not note it.
+    labelled = bool(training.get("labelled", True))
+    measure = measure_of(labelled)
+    searched = measure_of(labelled and shown.experiment.calibration.labels)
     costs = _optional(run / "tickets" / main["id"] / "layers.json", []) if main else []
 
     chosen = [ticket for ticket in (main, baseline) if ticket is not None]
-    drawn = {"front": figures.front_figure(records, dense, chosen)}
+    drawn = {"front": figures.front_figure(records, dense, chosen, searched)}
     if main is not None:
-        drawn["arms"] = figures.arms_figure([main, *shown.seeds.values()])
+        drawn["arms"] = figures.arms_figure([main, *shown.seeds.values()], measure)
         drawn["schedule"] = depth.schedule_figure(Schedule.from_dict(main["schedule"]), layers)
     if costs:
         drawn["layers"] = depth.layers_figure(costs)
-    if points := read_lines(run / "search" / "curve.jsonl"):
-        drawn["learning"] = figures.learning_figure(points)
+    if curve := read_lines(run / "search" / "curve.jsonl"):
+        drawn["learning"] = figures.learning_figure(curve)
     if dynamic:
         drawn["dynamic"] = depth.dynamic_figure(dynamic["decisions"])
-    drawn["training"] = figures.training_figure(training, main)
+    drawn["training"] = figures.training_figure(training, main, measure)
     svg = {name: figures.to_svg(figure, name) for name, figure in drawn.items()}
 
     environment = jinja2.Environment(
@@ -113,11 +117,16 @@ def _assemble(run: Path, shown: Shown) -> tuple[str, dict[str, Figure]]:
         arms=figures.arm_measurements(main) if main is not None else {},
         searchers=_searchers(records, dense, floor),
         dense=dense,
-        margin=floor,
+        margin=points(floor),
+        labelled=labelled,
+        measure=measure,
+        searched=searched,
         evaluations=len(records),
         svg=svg,
         script=(Path(__file__).parent / "page.js").read_text(encoding="utf-8"),
-        front=_front_data(records, dense, layers, figures.front_places(drawn["front"], records)),
+        front=_front_data(
+            records, dense, layers, figures.front_places(drawn["front"], records), searched
+        ),
         costs=costs,
         dynamic=dynamic,
         seeds=shown.seeds,
@@ -140,13 +149,14 @@ def _front_data(
     dense: Measurement,
     layers: list[dict[str, Any]],
     places: list[list[float | None]],
+    measure: str,
 ) -> str:
     """JSON for the page's script, safe inside a script element."""
     names = figures.searchers(records)
-    points = []
+    rows = []
     for record, place in zip(records, places, strict=True):
         m, schedule = record.measurement, record.schedule
-        points.append(
+        rows.append(
             {
                 "searcher": names.index(record.searcher),
                 "evaluation": record.evaluation,
@@ -160,7 +170,12 @@ def _front_data(
                 "bits": [schedule.width(layer["name"]) for layer in layers],
             }
         )
-    content = {"searchers": names, "layers": [layer["name"] for layer in layers], "points": points}
+    content = {
+        "measure": measure,
+        "searchers": names,
+        "layers": [layer["name"] for layer in layers],
+        "points": rows,
+    }
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 

@@ -17,7 +17,7 @@ from rlcompress.core.files import read_json, save_bytes, save_json
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.train import logits_of
 from rlcompress.live import console, stage
-from rlcompress.report.card import below_floor, delivered, model_card
+from rlcompress.report.card import below_floor, delivered, measure_of, model_card
 from rlcompress.stages.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
 
 def finish_tickets(run: Workspace) -> None:
     """What is measured when nothing else runs: latencies; and the cards."""
-    spec = run.experiment.model_dump(mode="json")
+    spec, command = run.experiment.model_dump(mode="json"), run.next("run")
+    labelled = read_json(run.folder / "dense" / "metrics.json").get("labelled", True)
     folders = {ticket["id"]: run.folder / "tickets" / ticket["id"] for ticket in run.tickets()}
     untimed = {name: folder for name, folder in folders.items() if _untimed(run, folder)}
     if untimed:
@@ -91,7 +92,7 @@ def finish_tickets(run: Workspace) -> None:
     for ticket in run.tickets():
         folder = folders[ticket["id"]]
         _describe_layers(run, ticket, folder / "layers.json")
-        card = model_card(ticket, run.name, spec, delivered(folder), run.next("run"))
+        card = model_card(ticket, run.name, spec, delivered(folder), command, labelled=labelled)
         save_bytes(folder / "card.md", card.encode())
 
 
@@ -220,7 +221,7 @@ def last_lines(run: Workspace) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("test split", "dense", "ticket", ""):
         table.add_column(column, justify="left" if column == "test split" else "right")
-    measure = "accuracy" if run.data.labelled else "agreement with dense"
+    measure = measure_of(run.data.labelled)
     points = 100 * (small["accuracy"] - dense["accuracy"])
     accuracies = (f"{dense['accuracy']:.2%}", f"{small['accuracy']:.2%}")
     densities = (f"{dense['density']:.1f}", f"{small['density']:.1f}")
