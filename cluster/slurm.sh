@@ -29,10 +29,11 @@ stop() {
 trap stop TERM
 trap 'rm -f "$token"; kill $(jobs -p) 2>/dev/null || true' EXIT
 
-# The head's cores and GPU are the driver's: Ray is told of none, and puts nothing there.
-srun --overlap --nodes=1 --ntasks=1 --nodelist="$first" \
-    ray start --head --block --node-ip-address="$ip" --port="$port" --num-cpus=0 --num-gpus=0 \
-    --dashboard-host=127.0.0.1 --dashboard-port="$((port + 10000))" --disable-usage-stats &
+head=(ray start --head --block --node-ip-address="$ip" --port="$port" --dashboard-host=127.0.0.1
+    --dashboard-port="$((port + 10000))" --disable-usage-stats)
+# Beside other nodes its cores and GPU are the driver's: Ray is told of none, and puts nothing there.
+[ "$SLURM_JOB_NUM_NODES" -eq 1 ] || head+=(--num-cpus=0 --num-gpus=0)
+srun --overlap --nodes=1 --ntasks=1 --nodelist="$first" "${head[@]}" &
 until ray status --address "$ip:$port" >/dev/null 2>&1; do
     kill -0 $! # ends here if the head did
     sleep 1

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from rlcompress.core.pareto import ticket_rank
 from rlcompress.core.schedule import Measurement, Record, Schedule, performance_density
+from rlcompress.report.card import model_card
+from rlcompress.report.page import Shown, write_report
+from rlcompress.schema import Experiment
 
 SPEC = {
     "model": {"factory": "vgg19", "args": {"width": 0.25}},
@@ -17,6 +20,7 @@ SPEC = {
     "ticket": {"floor": 1.0},
     "seed": 7,
 }
+EXPERIMENT = Experiment.model_validate(SPEC)
 LAYERS = [
     {"name": "conv", "kind": "conv", "group": "conv"},
     {"name": "dw", "kind": "depthwise", "group": "conv"},
@@ -79,8 +83,6 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "demo"
     (folder / "search").mkdir(parents=True)
     (folder / "dense").mkdir()
-    spec = {"experiment": "demo", "hash": "0123abcd", "spec": SPEC}
-    (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
     curve = [{"epoch": 1, "step": 5, "loss": 0.5, "validation_accuracy": 0.9}]
     dense = {"inputs": "x", "seed": 7, "seconds": 1.0, "curve": curve}
     (folder / "dense" / "metrics.json").write_text(
@@ -99,3 +101,22 @@ def add(run: Path, *tickets: dict[str, Any]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ticket.json").write_text(json.dumps(ticket))
     return run
+
+
+COMMAND = "rlcompress run demo --set seed=7 --file 'my experiments.yaml' --out elsewhere"
+
+
+def card(
+    ticket: dict[str, Any], delivered: dict[str, Any] | None = None, *, labelled: bool = True
+) -> str:
+    """The card of a ticket; without files in ONNX, if none are given."""
+    files = delivered or {"onnx": {}, "latency": {}}
+    return model_card(ticket, "demo", SPEC, files, COMMAND, labelled=labelled)
+
+
+def write(run: Path, **changes: Any) -> Path:
+    """The report of all tickets in the run folder, those of a searcher before `uniform`'s."""
+    found = [json.loads(path.read_text()) for path in run.glob("tickets/*/ticket.json")]
+    found.sort(key=lambda t: (t["searcher"] != "uniform", ticket_rank(t)), reverse=True)
+    about = {"command": COMMAND, "tickets": found} | changes
+    return write_report(run, Shown(**{"name": "demo", "experiment": EXPERIMENT, **about}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -146,6 +147,54 @@ def test_versions_are_those_of_the_project():
 def test_what_the_image_copies_is_there():
     for line in re.findall(r"^COPY (?:--\S+ )?(.*)$", (CLUSTER / "Dockerfile").read_text(), re.M):
         assert all((ROOT / name).exists() for name in line.split()[:-1]), line
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_beside_workers_ray_is_told_of_no_core_and_no_gpu_of_the_head(name):
+    text = (CLUSTER / name).read_text()
+    if name in ("aws.yaml", "gcp.yaml"):
+        config = load(name)
+        types = config["available_node_types"]
+        assert types[config["head_node_type"]]["resources"] == {"CPU": 0, "GPU": 0}
+    else:
+        assert text.count("--num-cpus=0 --num-gpus=0") == 1
+    if name == "local.yaml":
+        (head,) = [c for c in load(name)["head_start_ray_commands"] if "--head" in c]
+        assert "--num-cpus=0 --num-gpus=0" in head
+
+
+def test_google_spot_workers_do_not_start_again_by_themselves():
+    """Google's `scheduling` is an object, and a preemptible machine must not restart."""
+    types = load("gcp.yaml")["available_node_types"]
+    head, worker = (types[name]["node_config"]["scheduling"] for name in ("head", "worker"))
+    assert head == {"onHostMaintenance": "TERMINATE"}
+    assert worker == {**head, "preemptible": True, "automaticRestart": False}
+
+
+#: Programs that the Slurm script starts, in place of the real ones. The run waits for every `srun`.
+STUBS = {
+    "srun": 'echo "$@" >> calls',
+    "ray": "exit 0",
+    "python": 'until [ "$(wc -l < calls)" -ge "$STARTED" ]; do sleep 0.05; done 2>/dev/null',
+}
+
+
+@pytest.mark.parametrize(("nodes", "starts"), [(1, 1), (3, 2)])
+def test_in_slurm_a_lone_node_has_its_cores_for_ray(tmp_path, nodes, starts):
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name, body in STUBS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    (tmp_path / "calls").write_text("")
+    slurm = {"SUBMIT_DIR": str(tmp_path), "JOB_ID": "7", "JOB_NUM_NODES": str(nodes)}
+    env = {**os.environ, **{f"SLURM_{key}": value for key, value in slurm.items()}}
+    script = ["bash", str(CLUSTER / "slurm.sh"), "tiny"]
+    subprocess.run(script, env={**env, "STARTED": str(starts)}, check=True, timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == starts
+    (head,) = [call for call in calls if "--head" in call]
+    assert ("--num-cpus=0 --num-gpus=0" in head) == (nodes > 1)
 
 
 def test_the_slurm_script_is_sound():

@@ -88,3 +88,40 @@ def test_places_of_the_points_are_where_the_svg_has_them() -> None:
     # The front begins at its smallest schedule.
     assert (float(drawn[1]), float(drawn[2])) == pytest.approx(min(found), abs=0.2)
     assert [p[1] is None for p in places] == [False, False, True, False, True]
+
+
+def test_labels_name_the_measure_and_fit_their_panels() -> None:
+    measure = "agreement with dense"
+    dense = {"curve": [{"step": 5, "loss": 0.5, "validation_accuracy": 0.9}]}
+    drawn = (
+        figures.front_figure(RECORDS, DENSE, [PPO], measure),
+        figures.arms_figure([PPO], measure),
+        figures.training_figure(dense, PPO, measure),
+    )
+    for figure in drawn:
+        figure.draw_without_rendering()
+        labels = [label for ax in figure.axes for label in (ax.xaxis.label, ax.yaxis.label)]
+        said = " ".join(label.get_text() for label in labels).replace("\n", " ")
+        assert measure in said
+        assert "accuracy" not in said
+        height = figure.axes[0].get_window_extent().height
+        assert all(label.get_window_extent().height < 1.1 * height for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("value", "size", "count"),
+    [
+        (0, "0 B", "0"),
+        (999, "999 B", "999"),
+        (999.6, "1 kB", "1 k"),
+        (1234, "1.23 kB", "1.23 k"),
+        (143_000, "143 kB", "143 k"),
+        (999_400, "999 kB", "999 k"),
+        (999_600, "1 MB", "1 M"),
+        (999_500_000, "1 GB", "1 G"),
+        (12_345_678, "12.3 MB", "12.3 M"),
+        (5e15, "5000 TB", "5000 T"),
+    ],
+)
+def test_sizes_and_counts_as_people_read_them(value: float, size: str, count: str) -> None:
+    assert (figures.size(value), figures.count(value)) == (size, count)

@@ -186,6 +186,13 @@ def test_two_commands_in_one_folder(rlcompress):
         pass
 
 
+def test_a_report_is_of_the_options_that_are_named(rlcompress, searched):
+    shutil.copytree(searched, "runs/tiny")
+    told = rlcompress("report", "tiny", "--set", "seed=5")
+    assert_told(told, "searched with other options than these; rlcompress search tiny --set seed=5")
+    assert not Path("runs/tiny/report").exists()
+
+
 def test_a_report_of_a_run_at_work_leaves_the_copy_to_it(rlcompress, searched):
     """Two that copy at a time could leave the older of two files."""
     shutil.copytree(searched, "runs/tiny")

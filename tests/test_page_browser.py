@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlcompress.report.page import write_report
 from tests.browser import CHROMIUM, Browser, browser
-from tests.reports import PPO, UNIFORM, add
+from tests.reports import PPO, UNIFORM, add, write
 from tests.reports import run as run  # the fixture
 
 pytestmark = [
@@ -38,7 +37,7 @@ def chips(tab: Browser) -> int:
 def test_the_page_loads_and_hover_keys_and_filter_work(run: Path, tmp_path: Path) -> None:
     learning = {"searcher": "ppo", "evaluation": 8, "mean_return": -1.0, "entropy": 2.0}
     (run / "search" / "curve.jsonl").write_text(json.dumps(learning) + "\n")
-    page = write_report(add(run, PPO, UNIFORM))
+    page = write(add(run, PPO, UNIFORM))
     with browser(tmp_path / "profile") as tab:
         for width, height, dark in ((390, 844, False), (1400, 900, True)):
             tab.open(page, width, height, dark=dark)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -169,6 +170,10 @@ def test_no_labels_at_all(rlcompress, unlabelled):
     ticket = read_json(path)
     assert ticket["dense"]["accuracy"] == 1.0
     assert 0.1 < ticket["ticket"]["accuracy"] <= 1.0
+    assert "| | agreement with dense | bytes |" in path.with_name("card.md").read_text()
+    page = Path("runs/tiny/report/index.html").read_text()
+    assert "<th>agreement with dense, %</th>" in page
+    assert "<th>accuracy, %</th>" not in page
 
 
 def test_no_labels_and_nothing_that_answers(rlcompress, unlabelled):
@@ -194,8 +199,11 @@ def test_compress_writes_what_it_was_asked(rlcompress):
     name = ("--file", str(run / "experiments.yaml"), "--out", str(run))
     again = rlcompress("export", run.name, *name)
     assert again.code == 0, again.err
-    (ticket,) = (json.loads(path.read_text()) for path in run.glob("tickets/*/ticket.json"))
-    assert ticket["ratio"] >= 5
+    (path,) = run.glob("tickets/*/ticket.json")
+    assert json.loads(path.read_text())["ratio"] >= 5
+    command = shlex.join(["rlcompress", "run", run.name, *name])
+    assert f"Made by `{command}`" in path.with_name("card.md").read_text()
+    assert f"<pre>{command}</pre>" in (run / "report" / "index.html").read_text()
 
 
 def test_compress_tells_mistakes_of_all_kinds_at_once(rlcompress):

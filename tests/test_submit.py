@@ -79,6 +79,18 @@ def test_no_cluster_is_exit_code_3_and_one_line(checkout, nobody):
     assert " 3 the cluster" in rlcompress(checkout, "submit", "--help").stdout
 
 
+def test_following_a_job_needs_nothing_that_was_uploaded(checkout, nobody, tmp_path_factory):
+    """Neither the runtime environment nor an experiments file in this folder."""
+    shutil.rmtree(checkout / "cluster")
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "mine.yaml"
+    shutil.copy(ROOT / "experiments.yaml", elsewhere)
+    for words in ((), ("--file", str(elsewhere))):
+        words = ("quickstart", "--address", nobody, "--follow", "raysubmit_1", *words)
+        done = rlcompress(checkout, "submit", *words)
+        assert done.returncode == 3, done.stderr
+        assert done.stderr.startswith(f"{nobody}: no answer")
+
+
 def test_the_upload_is_this_folder_without_what_it_made(checkout):
     jobs = pytest.importorskip("rlcompress.rl.jobs")
     (checkout / "mine" / "data").mkdir(parents=True)

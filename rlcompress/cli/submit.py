@@ -84,11 +84,13 @@ def submit(
     check_folder(folder)
     if experiment.storage is None:
         check_movable(folder)
+    env: dict[str, Any] = {}
     words = ["python", "-m", "rlcompress", verb, name]
-    words += [] if file == FILE else ["--file", _inside(file)]
-    words += [word for text in sets or () for word in ("--set", text)]
-    words += ["--fresh"] if fresh else []
-    env = _runtime_env(runtime_env)
+    if follow is None:
+        words += [] if file == FILE else ["--file", _inside(file)]
+        words += [word for text in sets or () for word in ("--set", text)]
+        words += ["--fresh"] if fresh else []
+        env = _runtime_env(runtime_env)
 
     from rlcompress.rl.jobs import Cluster
 

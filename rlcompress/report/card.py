@@ -20,6 +20,15 @@ REMEDY = (
     "ticket.floor"
 )
 
+_NO_LABELS = """
+They have no labels: what is measured is how often the answer is the dense network's."""
+
+
+def measure_of(labelled: bool) -> str:
+    """What the share of right answers is called: without labels, right is what the dense network
+    answers."""
+    return "accuracy" if labelled else "agreement with dense"
+
 
 def points(value: float) -> str:
     """Of accuracy: `1 point`, `0.5 points`."""
@@ -46,16 +55,24 @@ def model_card(
     experiment: str,
     spec: Mapping[str, Any],
     delivered: Mapping[str, Any],
+    command: str,
+    *,
+    labelled: bool = True,
 ) -> str:
     """Markdown with Hugging Face's YAML front matter, for `tickets/<id>/card.md`.
 
     ticket  the content of ticket.json; spec  the resolved experiment, with model and data
     delivered  `onnx`: file -> what onnx.json says; `latency`: what latency.json says
+    command  makes the run again;  labelled  whether the data have labels
     The front matter leaves the licence open: that of the data and the dense network decides.
     """
     compressed = Measurement.from_dict(ticket["ticket"])
     data, network = str(spec["data"]["factory"]), str(spec["model"]["factory"])
-    head = yaml.safe_dump(_front_matter(ticket, experiment, data, network), sort_keys=False)
+    measure = measure_of(labelled)
+    matter = _front_matter(ticket, experiment, data, network, labelled)
+    head = yaml.safe_dump(matter, sort_keys=False)
+    trained = ticket["arm"] in ticket["curves"]
+    how = "retrained" if trained else "refitted in closed form, not trained"
     trust = f', trust=["{network}"]' if ":" in network else ""
     bits = sorted({int(b) for b in ticket["schedule"]["bits"].values()})
     batch = ", ".join(map(str, (1, *ticket["input"]["shape"])))
@@ -67,7 +84,7 @@ def model_card(
 
 A {network} trained on {data}, compressed {ticket["ratio"]:.3g}{TIMES} to {size(compressed.bytes)}:
 channels cut and weights quantized to {widths} bits, layer by layer, on a schedule that the
-searcher `{ticket["searcher"]}` found. What survived was retrained (arm `{ticket["arm"]}`).
+searcher `{ticket["searcher"]}` found. What survived was {how} (arm `{ticket["arm"]}`).
 
 ## Intended use
 
@@ -77,24 +94,24 @@ result to compare with and to build on; check it on your own images before you r
 ## Data
 
 Trained and measured on `{data}` {json.dumps(spec["data"].get("args", {}))}. The figures below
-are on its {ticket["split"]} split, where nothing else is said.
+are on its {ticket["split"]} split, where nothing else is said.{"" if labelled else _NO_LABELS}
 
 ## Measured
 
 Split: {ticket["split"]}. Seed: {ticket["seed"]}. One run.
 {_floor(ticket)}
-{_table(ticket)}
+{_table(ticket, measure)}
 Bytes are those of the written `weights.safetensors`; a control has the ticket's architecture
-and bits. Density is accuracy in % per 10^6 bytes. BOPs are MACs {TIMES} weight bits {TIMES}
+and bits. Density is {measure} in % per 10^6 bytes. BOPs are MACs {TIMES} weight bits {TIMES}
 activation bits.
-{_files(delivered)}
+{_files(delivered, measure)}
 ## Limits
 
 - It knows the classes of {data} and answers with one of them for any image.
 - Inputs must be prepared as in training: {" x ".join(map(str, ticket["input"]["shape"]))}
   (channels, height, width), pixels minus {ticket["input"]["mean"]:.6g}, divided by
   {ticket["input"]["std"]:.6g}.
-- Compression hits rare classes and unusual images harder than the mean accuracy shows.
+- Compression hits rare classes and unusual images harder than the mean {measure} shows.
 - One seed: differences of a few tenths of a point between arms are noise.
 - Small on disk is not fast by itself: speed depends on the runtime's support for few bits.
 
@@ -113,7 +130,7 @@ with torch.no_grad():
 ```
 
 {_onnx_example(delivered, batch)}
-Made by `rlcompress run {experiment}`, seed {ticket["seed"]}, spec {ticket["spec_hash"]}.
+Made by `{command}`, seed {ticket["seed"]}, spec {ticket["spec_hash"]}.
 """
 
 
@@ -127,9 +144,13 @@ def delivered(folder: Path) -> dict[str, Any]:
 
 
 def _front_matter(
-    ticket: Mapping[str, Any], experiment: str, data: str, network: str
+    ticket: Mapping[str, Any], experiment: str, data: str, network: str, labelled: bool
 ) -> dict[str, Any]:
-    accuracy = float(ticket["ticket"]["accuracy"])
+    answers = {
+        "type": "accuracy" if labelled else "agreement",
+        "value": round(float(ticket["ticket"]["accuracy"]), 6),
+        **({} if labelled else {"name": "agreement with the dense network"}),
+    }
     return {
         # That of the data and of the dense network decides.
         "license": "other",
@@ -145,7 +166,7 @@ def _front_matter(
             network,
         ],
         "datasets": [data],
-        "metrics": ["accuracy"],
+        "metrics": [answers["type"]],
         "model-index": [
             {
                 "name": f"{experiment}-{ticket['id']}",
@@ -154,7 +175,7 @@ def _front_matter(
                         "task": {"type": "image-classification"},
                         "dataset": {"name": data, "type": data, "split": str(ticket["split"])},
                         "metrics": [
-                            {"type": "accuracy", "value": round(accuracy, 6)},
+                            answers,
                             {
                                 "type": "bytes",
                                 "value": ticket["ticket"]["bytes"],
@@ -173,12 +194,12 @@ def _floor(ticket: Mapping[str, Any]) -> str:
     return f"\n**Below the accuracy floor**: {short}.\n" if short else ""
 
 
-def _table(ticket: Mapping[str, Any]) -> str:
+def _table(ticket: Mapping[str, Any], measure: str) -> str:
     rows = {"dense": Measurement.from_dict(ticket["dense"])}
     for i, (arm, measured) in enumerate(arm_measurements(ticket).items()):
         rows[f"**ticket ({arm})**" if i == 0 else f"control: {arm}"] = measured
     lines = [
-        "| | accuracy | bytes | parameters | MACs | BOPs | density |",
+        f"| | {measure} | bytes | parameters | MACs | BOPs | density |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
@@ -189,7 +210,7 @@ def _table(ticket: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _files(delivered: Mapping[str, Any]) -> str:
+def _files(delivered: Mapping[str, Any], measure: str) -> str:
     """The ONNX files: size, answers on validation images, speed."""
     if not delivered["onnx"]:
         return ""
@@ -197,7 +218,7 @@ def _files(delivered: Mapping[str, Any]) -> str:
         "",
         "Answers on the validation images that chose the ticket:",
         "",
-        "| file | bytes | of them codes, scales, floats | validation accuracy "
+        f"| file | bytes | of them codes, scales, floats | validation {measure} "
         "| the ticket's answers | logits differ by |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]

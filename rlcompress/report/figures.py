@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,10 @@ Plain = Mapping[str, Any]
 
 
 def front_figure(
-    records: Sequence[Record], dense: Measurement, tickets: Sequence[Plain] = ()
+    records: Sequence[Record],
+    dense: Measurement,
+    tickets: Sequence[Plain] = (),
+    measure: str = "accuracy",
 ) -> Figure:
     """What every evaluation kept against its bytes, each searcher's front, dense and tickets:
     accuracy above, below it the KL to the dense network, which still tells apart what accuracy
@@ -43,6 +47,7 @@ def front_figure(
 
     records  measured on the score images, as is `dense`
     tickets  contents of ticket.json; drawn at their measurement on their own split
+    measure  what the records' accuracy is called
 
     In SVG the page's script finds each searcher's parts by their ids: "<panel>-<number>-all",
     "-line" and "-front", panel `accuracy` or `kl`, points in the order of the records.
@@ -70,7 +75,7 @@ def front_figure(
     above.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     above.xaxis.set_minor_formatter(NullFormatter())
-    dress(above, "", "accuracy, %")
+    dress(above, "", f"{measure}, %")
     dress(below, "size of the written artifact", "KL to dense, nats")
     # Above the axes no label meets a point. Each stands right of its line and lower from left to
     # right, so no line crosses a label.
@@ -166,7 +171,7 @@ def learning_figure(curve: Sequence[Plain]) -> Figure:
     return figure
 
 
-def arms_figure(tickets: Sequence[Plain]) -> Figure:
+def arms_figure(tickets: Sequence[Plain], measure: str = "accuracy") -> Figure:
     """The ticket against its controls: accuracy on the ticket's split, dense as a line.
 
     tickets  one, or one of each seed: then means, with their standard deviations as intervals
@@ -210,7 +215,7 @@ def arms_figure(tickets: Sequence[Plain]) -> Figure:
     ax.set_xlim(min(ends) - pad, max(ends) + pad)
     ax.set_ylim(-0.6, len(arms) - 0.3)
     ax.set_yticks(depth, list(rows)[1:])
-    dress(ax, f"accuracy on {ticket['split']}, %", "")
+    dress(ax, f"{measure} on {ticket['split']}, %", "")
     ax.grid(axis="y", visible=False)
     ax.tick_params(axis="y", labelsize=10, labelcolor=INK)
     return figure
@@ -228,7 +233,7 @@ def arms_over_seeds(tickets: Sequence[Plain]) -> dict[str, tuple[float, float | 
     return rows
 
 
-def training_figure(dense: Plain, ticket: Plain | None = None) -> Figure:
+def training_figure(dense: Plain, ticket: Plain | None = None, measure: str = "accuracy") -> Figure:
     """Training loss and validation accuracy by step: the dense network, then each arm.
 
     dense  the content of dense/metrics.json
@@ -238,6 +243,7 @@ def training_figure(dense: Plain, ticket: Plain | None = None) -> Figure:
         curves.append(("ticket and controls", ticket["curves"]))
     figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     panels = figure.subplots(2, len(curves), squeeze=False, sharex="col")
+    said = textwrap.fill(f"validation {measure}, %", 22)  # no longer than its panel is high
     offset = 0
     for column, (title, arms) in enumerate(curves):
         for i, (arm, points) in enumerate(arms.items(), start=offset):
@@ -249,7 +255,7 @@ def training_figure(dense: Plain, ticket: Plain | None = None) -> Figure:
         offset += len(arms)
         panels[0][column].set_title(title, color=INK, fontsize=10)
         dress(panels[0][column], "", "training loss" if column == 0 else "")
-        dress(panels[1][column], "step", "validation accuracy, %" if column == 0 else "")
+        dress(panels[1][column], "step", said if column == 0 else "")
     if ticket is not None:
         legend(figure, 5)
     return figure
@@ -268,18 +274,22 @@ def arm_measurements(ticket: Plain) -> dict[str, Measurement]:
 
 def size(value: float) -> str:
     """Bytes as people read them, in powers of ten: 143000 -> '143 kB'."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:.0f} B"
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
 
 
 def count(value: float) -> str:
     """12345678 -> '12.3 M'."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:.0f}"
+    return _scaled(value, ("", "k", "M", "G", "T")).strip()
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    """Three digits and the unit, each a thousand of the one before."""
+    step = 0
+    # As it will be shown: 999.6 is 1000.
+    while step < len(units) - 1 and float(f"{value:.3g}") >= 1000:
+        value, step = value / 1000, step + 1
+    shown = f"{value:.3g}" if step and value < 999.5 else f"{value:.0f}"
+    return f"{shown} {units[step]}"
 
 
 def to_png(figure: Figure) -> bytes:

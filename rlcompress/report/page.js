@@ -41,7 +41,7 @@
     });
     if (!point) return;
     const facts = [
-      ["accuracy", point.accuracy], ["bytes", point.bytes], ["smaller", point.ratio],
+      [data.measure, point.accuracy], ["bytes", point.bytes], ["smaller", point.ratio],
       ["KL", point.kl], ["MACs", point.macs],
     ];
     const numbers = facts.map(([name, value]) => `<span><i>${name}</i> ${value}</span>`).join("");

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,43 @@ import yaml
 from matplotlib.figure import Figure
 
 from rlcompress.core.files import read_archive, read_lines, save_bytes
-from rlcompress.core.pareto import archive_front, best_at_floor, ticket_rank
+from rlcompress.core.pareto import archive_front, best_at_floor
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.report import depth, figures
-from rlcompress.report.card import below_floor, delivered
+from rlcompress.report.card import below_floor, delivered, measure_of, points
+from rlcompress.schema import Experiment, spec_hash
 
 _LIBRARIES = ("rlcompress", "torch", "ray", "gymnasium", "mlflow", "numpy", "onnxruntime")
 _BASELINE = "uniform"
 
 
-def write_report(run: Path) -> Path:
+@dataclass(frozen=True)
+class Shown:
+    """What a report is of, beside the search that is in the run folder.
+
+    command  makes the run, and goes on with it
+    tickets  contents of ticket.json, of these very options, the best first
+    dynamic  that of dynamic/ticket.json; None without one
+    seeds    run folder -> its best ticket, of runs that differ in nothing but the seed
+    """
+
+    name: str
+    experiment: Experiment
+    command: str
+    tickets: Sequence[dict[str, Any]] = ()
+    dynamic: Mapping[str, Any] | None = None
+    seeds: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def write_report(run: Path, shown: Shown) -> Path:
     """Write `run`/report: index.html and the figures as PNG at 200 dpi; the page's path.
 
-    Reads what search and, if they are there, the tickets left in the run folder. The same
+    Reads what the search left in the run folder, and what lies beside the tickets. The same
     inputs give the same bytes. Raises FileNotFoundError, naming the file and the command that
     makes it, if the search has not been run.
     """
     folder = run / "report"
-    page, drawn = _assemble(run)
+    page, drawn = _assemble(run, shown)
     folder.mkdir(exist_ok=True)
     for name, figure in drawn.items():
         save_bytes(folder / f"{name}.png", figures.to_png(figure))
@@ -38,32 +59,39 @@ def write_report(run: Path) -> Path:
     return folder / "index.html"
 
 
-def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
-    records = read_archive(_needed(run, "search/archive.jsonl"))
-    dense = Measurement.from_dict(_json(_needed(run, "search/dense.json")))
-    training = _json(_needed(run, "dense/metrics.json"))
-    layers = _json(_needed(run, "search/layers.json"))
-    spec = yaml.safe_load(_needed(run, "spec.yaml").read_text(encoding="utf-8"))
-    floor = float(spec["spec"]["ticket"]["floor"])
-    tickets = [_json(path) for path in sorted(run.glob("tickets/*/ticket.json"))]
-    main, baseline = _chosen(tickets)
-    shown = [ticket for ticket in (main, baseline) if ticket is not None]
+def _assemble(run: Path, shown: Shown) -> tuple[str, dict[str, Figure]]:
+    def needed(name: str) -> Path:
+        path = run / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; `{shown.command}` makes it")
+        return path
 
-    dynamic = _optional(run / "dynamic" / "ticket.json", {})
+    records = read_archive(needed("search/archive.jsonl"))
+    dense = Measurement.from_dict(_json(needed("search/dense.json")))
+    training = _json(needed("dense/metrics.json"))
+    layers = _json(needed("search/layers.json"))
+    spec = shown.experiment.model_dump(mode="json")
+    floor = shown.experiment.ticket.floor
+    main, baseline = _chosen(shown.tickets)
+    dynamic = shown.dynamic
+    # Earlier versions did not note it.
+    labelled = bool(training.get("labelled", True))
+    measure = measure_of(labelled)
+    searched = measure_of(labelled and shown.experiment.calibration.labels)
     costs = _optional(run / "tickets" / main["id"] / "layers.json", []) if main else []
-    seeds = _seeds(run, spec, main)
 
-    drawn = {"front": figures.front_figure(records, dense, shown)}
+    chosen = [ticket for ticket in (main, baseline) if ticket is not None]
+    drawn = {"front": figures.front_figure(records, dense, chosen, searched)}
     if main is not None:
-        drawn["arms"] = figures.arms_figure([main, *seeds.values()])
+        drawn["arms"] = figures.arms_figure([main, *shown.seeds.values()], measure)
         drawn["schedule"] = depth.schedule_figure(Schedule.from_dict(main["schedule"]), layers)
     if costs:
         drawn["layers"] = depth.layers_figure(costs)
-    if points := read_lines(run / "search" / "curve.jsonl"):
-        drawn["learning"] = figures.learning_figure(points)
+    if curve := read_lines(run / "search" / "curve.jsonl"):
+        drawn["learning"] = figures.learning_figure(curve)
     if dynamic:
         drawn["dynamic"] = depth.dynamic_figure(dynamic["decisions"])
-    drawn["training"] = figures.training_figure(training, main)
+    drawn["training"] = figures.training_figure(training, main, measure)
     svg = {name: figures.to_svg(figure, name) for name, figure in drawn.items()}
 
     environment = jinja2.Environment(
@@ -77,36 +105,35 @@ def _assemble(run: Path) -> tuple[str, dict[str, Figure]]:
         size=figures.size, count=figures.count, percent=lambda accuracy: f"{100 * accuracy:.2f}"
     )
     html = environment.get_template("page.html.j2").render(
-        experiment=spec["experiment"],
-        spec=spec["spec"],
-        spec_hash=spec["hash"],
+        experiment=shown.name,
+        spec=spec,
+        spec_hash=spec_hash(shown.experiment),
+        command=shown.command,
         main=main,
         short=below_floor(main) if main else "",
-        tickets=[(ticket, Measurement.from_dict(ticket["ticket"])) for ticket in tickets],
+        tickets=[(ticket, Measurement.from_dict(ticket["ticket"])) for ticket in shown.tickets],
         compared=_compared(main, baseline),
         delivered=delivered(run / "tickets" / main["id"]) if main else {"onnx": {}},
         arms=figures.arm_measurements(main) if main is not None else {},
         searchers=_searchers(records, dense, floor),
         dense=dense,
-        margin=floor,
+        margin=points(floor),
+        labelled=labelled,
+        measure=measure,
+        searched=searched,
         evaluations=len(records),
         svg=svg,
         script=(Path(__file__).parent / "page.js").read_text(encoding="utf-8"),
-        front=_front_data(records, dense, layers, figures.front_places(drawn["front"], records)),
+        front=_front_data(
+            records, dense, layers, figures.front_places(drawn["front"], records), searched
+        ),
         costs=costs,
         dynamic=dynamic,
-        seeds=seeds,
-        resolved=yaml.safe_dump(spec["spec"], sort_keys=False),
+        seeds=shown.seeds,
+        resolved=yaml.safe_dump(spec, sort_keys=False),
         versions=_versions(),
     )
     return html, drawn
-
-
-def _needed(run: Path, name: str) -> Path:
-    path = run / name
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; `rlcompress run {run.name}` makes it")
-    return path
 
 
 def _json(path: Path) -> Any:
@@ -117,41 +144,19 @@ def _optional(path: Path, default: Any) -> Any:
     return _json(path) if path.is_file() else default
 
 
-def _seeds(run: Path, spec: dict[str, Any], main: dict[str, Any] | None) -> dict[str, Any]:
-    """Run folder -> best ticket, of the runs beside this one that differ in nothing but the seed
-    and in where they ran; each seed once."""
-    if main is None:
-        return {}
-    own, taken, found = _but_seed(spec), {main["seed"]}, {}
-    for path in sorted(run.resolve().parent.glob("*/spec.yaml")):
-        other = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if _but_seed(other) != own or other["spec"]["seed"] in taken:
-            continue
-        tickets = [_json(p) for p in sorted(path.parent.glob("tickets/*/ticket.json"))]
-        mine = [t for t in tickets if t["searcher"] == main["searcher"]]
-        if mine:
-            found[path.parent.name] = max(mine, key=ticket_rank)
-            taken.add(other["spec"]["seed"])
-    return found
-
-
-def _but_seed(spec: dict[str, Any]) -> dict[str, Any]:
-    elsewhere = ("seed", "tracking", "threads", "device", "description")
-    return {key: value for key, value in spec["spec"].items() if key not in elsewhere}
-
-
 def _front_data(
     records: list[Record],
     dense: Measurement,
     layers: list[dict[str, Any]],
     places: list[list[float | None]],
+    measure: str,
 ) -> str:
     """JSON for the page's script, safe inside a script element."""
     names = figures.searchers(records)
-    points = []
+    rows = []
     for record, place in zip(records, places, strict=True):
         m, schedule = record.measurement, record.schedule
-        points.append(
+        rows.append(
             {
                 "searcher": names.index(record.searcher),
                 "evaluation": record.evaluation,
@@ -165,21 +170,24 @@ def _front_data(
                 "bits": [schedule.width(layer["name"]) for layer in layers],
             }
         )
-    content = {"searchers": names, "layers": [layer["name"] for layer in layers], "points": points}
+    content = {
+        "measure": measure,
+        "searchers": names,
+        "layers": [layer["name"] for layer in layers],
+        "points": rows,
+    }
     return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _chosen(
-    tickets: list[dict[str, Any]],
+    tickets: Sequence[dict[str, Any]],
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The best ticket of a searcher, and the best of the uniform baseline, see
-    `ticket_rank`."""
-    plain = [ticket for ticket in tickets if ticket["searcher"] == _BASELINE]
-    searched = [ticket for ticket in tickets if ticket["searcher"] != _BASELINE]
-    baseline = max(plain, key=ticket_rank, default=None)
-    if not searched:
-        return baseline, None
-    return max(searched, key=ticket_rank), baseline
+    """The searcher's best ticket, and the best of the uniform baseline."""
+    main = next(iter(tickets), None)
+    others = (ticket for ticket in tickets if ticket["searcher"] == _BASELINE)
+    if main is None or main["searcher"] == _BASELINE:
+        return main, None
+    return main, next(others, None)
 
 
 def _compared(

@@ -199,11 +199,12 @@ class Run:
         w = self.workspace
         if not (w.folder / "search" / "archive.jsonl").exists():
             raise UserError(f"{w.folder}: nothing searched yet; {w.next('run')}")
-        from rlcompress.report.page import write_report
+        w.require_search()
+        from rlcompress.stages.report import report
 
         # Without the lock: one may look at a run at work.
         with _working(w, None):
-            page = write_report(w.folder)
+            page = report(w)
         console.print(page)
 
     def run(self) -> None:
@@ -226,9 +227,9 @@ class Run:
                         problems.append(error)
             finish_tickets(w)
             if not tracked(w):
-                from rlcompress.report.page import write_report
+                from rlcompress.stages.report import report
 
-                write_report(w.folder)
+                report(w)
                 track(w)
         last_lines(w)
         if problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from rlcompress.core.files import read_json, save_bytes, save_json
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.train import logits_of
 from rlcompress.live import console, stage
-from rlcompress.report.card import below_floor, delivered, model_card
+from rlcompress.report.card import below_floor, delivered, measure_of, model_card
 from rlcompress.stages.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def export(run: Workspace, ticket: dict[str, Any]) -> list[Path]:
 
 def finish_tickets(run: Workspace) -> None:
     """What is measured when nothing else runs: latencies; and the cards."""
-    spec = run.experiment.model_dump(mode="json")
+    spec, command = run.experiment.model_dump(mode="json"), run.next("run")
+    labelled = read_json(run.folder / "dense" / "metrics.json").get("labelled", True)
     folders = {ticket["id"]: run.folder / "tickets" / ticket["id"] for ticket in run.tickets()}
     untimed = {name: folder for name, folder in folders.items() if _untimed(run, folder)}
     if untimed:
@@ -90,7 +92,7 @@ def finish_tickets(run: Workspace) -> None:
     for ticket in run.tickets():
         folder = folders[ticket["id"]]
         _describe_layers(run, ticket, folder / "layers.json")
-        card = model_card(ticket, run.name, spec, delivered(folder))
+        card = model_card(ticket, run.name, spec, delivered(folder), command, labelled=labelled)
         save_bytes(folder / "card.md", card.encode())
 
 
@@ -137,9 +139,19 @@ def _state(run: Workspace) -> dict[str, Any]:
     return {
         "uri": run.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"),
         "spec_hash": run.hash,
+        "inputs": _inputs(run),
         "records": len(run.archive()),
-        "tickets": [ticket["id"] for ticket in run.tickets()],
+        "tickets": [[ticket["id"], ticket["inputs"]] for ticket in run.tickets()],
     }
+
+
+def _inputs(run: Workspace) -> str:
+    """All that records and tickets are made from: under the same options the files that they name,
+    weights and a policy, may be others."""
+    path, search = run.folder / "search" / "policies.json", run.experiment.search
+    begun = read_json(path) if path.exists() else {}
+    mine = {name: begun[name] for name in (search.searcher, *search.baselines) if name in begun}
+    return f"{run.search_inputs()} {json.dumps(mine, sort_keys=True)}"
 
 
 def tracked(run: Workspace) -> bool:
@@ -153,8 +165,8 @@ def tracked(run: Workspace) -> bool:
 
 @contextlib.contextmanager
 def tracker_of(run: Workspace) -> Iterator[Tracker]:
-    """The run's tracker, whose parent run is finished behind. Raises OutsideError if MLflow does
-    not answer."""
+    """The run's tracker, whose parent run is ended behind, however that comes about. Raises
+    OutsideError if MLflow does not answer."""
     from rlcompress.tracking import Tracker, TrackingError
 
     try:
@@ -163,9 +175,15 @@ def tracker_of(run: Workspace) -> Iterator[Tracker]:
             experiment=run.name,
             spec=run.experiment.model_dump(mode="json"),
             spec_hash=run.hash,
+            inputs=_inputs(run),
             uri=run.experiment.tracking.uri,
         )
-        yield tracker
+        try:
+            yield tracker
+        except BaseException as error:
+            with contextlib.suppress(TrackingError):
+                tracker.finish("FAILED" if isinstance(error, Exception) else "KILLED")
+            raise
         tracker.finish()
     except TrackingError as error:
         raise OutsideError(
@@ -203,7 +221,7 @@ def last_lines(run: Workspace) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("test split", "dense", "ticket", ""):
         table.add_column(column, justify="left" if column == "test split" else "right")
-    measure = "accuracy" if run.data.labelled else "agreement with dense"
+    measure = measure_of(run.data.labelled)
     points = 100 * (small["accuracy"] - dense["accuracy"])
     accuracies = (f"{dense['accuracy']:.2%}", f"{small['accuracy']:.2%}")
     densities = (f"{dense['density']:.1f}", f"{small['density']:.1f}")

@@ -115,6 +115,15 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     return content
 
 
+def ticket_of(run: Workspace) -> dict[str, Any] | None:
+    """The content of `dynamic/ticket.json`, if it is of these very options."""
+    path = run.folder / "dynamic" / "ticket.json"
+    found: dict[str, Any] | None = read_json(path) if path.exists() else None
+    # Behind the options stands the policy that it began with.
+    ours = found is not None and found["inputs"].rpartition(" ")[0] == run.dynamic_inputs()
+    return found if ours else None
+
+
 def _begin(run: Workspace) -> Path | None:
     """The folder of the policy that the search of this run has trained, else of `search.policy`;
     None for the prior."""

@@ -1,13 +1,14 @@
 """MLflow: a parent run for an experiment, a child run for a ticket, a version for a model.
 
-Every call asks MLflow what is there already and adds what
-is missing, so calling it twice, or again after a crash, doubles nothing. It keeps no global
-state: neither the active run nor MLflow's tracking URI is touched.
+Every call asks MLflow what is there already and adds what is missing, so calling it twice, or again
+after a crash, doubles nothing. It keeps no global state: neither the active run nor MLflow's
+tracking URI is touched.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -72,6 +73,8 @@ class Tracker:
     experiment  names the MLflow experiment and the registered model: rlcompress-<experiment>
     spec        the resolved experiment, nested; becomes the parent's params and spec.yaml
     spec_hash   another hash in the same folder is another parent run
+    inputs      what the options alone do not say, such as the content of a file that they name: so
+                are other inputs
     uri         MLflow's tracking URI; None takes MLFLOW_TRACKING_URI or, without it,
                 mlflow.db and mlartifacts/ inside the run folder
 
@@ -80,7 +83,14 @@ class Tracker:
 
     @clear
     def __init__(
-        self, run: Path, *, experiment: str, spec: Plain, spec_hash: str, uri: str | None = None
+        self,
+        run: Path,
+        *,
+        experiment: str,
+        spec: Plain,
+        spec_hash: str,
+        inputs: str,
+        uri: str | None = None,
     ) -> None:
         self.run = run.resolve()
         self.run.mkdir(parents=True, exist_ok=True)
@@ -98,7 +108,11 @@ class Tracker:
         self.client = mlflow.MlflowClient(tracking_uri=self.uri)
         self.experiment_id = self._find_experiment()
         run_id = _run_id(self.run / "mlflow.json")
-        self._tags = {"rlcompress.run_id": run_id, "rlcompress.spec_hash": spec_hash}
+        self._tags = {
+            "rlcompress.run_id": run_id,
+            "rlcompress.spec_hash": spec_hash,
+            "rlcompress.inputs": digest(inputs),
+        }
         tags = {**self._tags, "rlcompress.role": "experiment"}
         self.parent_id = self._find_or_create(tags, experiment)
         self.client.update_run(self.parent_id, status="RUNNING")
@@ -245,14 +259,14 @@ class Tracker:
 
     @clear
     def finish(self, status: str = "FINISHED") -> None:
-        """End the parent as FINISHED, FAILED or KILLED; a child that was cut short is FAILED.
+        """End the parent as FINISHED, FAILED or KILLED; whatever was cut short under it is FAILED.
 
         Raises ValueError on another status. A later Tracker on the same folder reopens it.
         """
         if status not in ("FINISHED", "FAILED", "KILLED"):
             raise ValueError(f"status {status!r}: FINISHED, FAILED or KILLED")
-        for run in self._search({**self._tags, "rlcompress.role": "ticket"}):
-            if run.info.status == "RUNNING":
+        for run in self._search(self._tags, "attributes.status = 'RUNNING'"):
+            if run.info.run_id != self.parent_id:
                 self.client.set_terminated(run.info.run_id, "FAILED")
         self.client.set_terminated(self.parent_id, status)
 
@@ -272,10 +286,10 @@ class Tracker:
             raise self._error(f"experiment {self.name} was deleted; to restore it: {restore}")
         return str(found.experiment_id)
 
-    def _search(self, tags: Mapping[str, str]) -> list[Any]:
-        """The runs that carry all `tags`, oldest first."""
-        terms = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-        runs = self.client.search_runs([self.experiment_id], terms)
+    def _search(self, tags: Mapping[str, str], *more: str) -> list[Any]:
+        """The runs that carry all `tags`, of which `more` is true, oldest first."""
+        terms = [*(f"tags.`{name}` = '{value}'" for name, value in tags.items()), *more]
+        runs = self.client.search_runs([self.experiment_id], " and ".join(terms))
         return sorted(runs, key=lambda run: run.info.start_time)
 
     def _find_or_create(self, tags: Mapping[str, str], name: str, **more: str) -> str:
@@ -293,7 +307,8 @@ class Tracker:
         return self._find_or_create(every, name, **under)
 
     def _child(self, ticket: Plain) -> str:
-        tags = {"rlcompress.ticket": str(ticket["id"])}
+        inputs = digest(str(ticket["inputs"]))
+        tags = {"rlcompress.ticket": str(ticket["id"]), "rlcompress.ticket_inputs": inputs}
         return self.child("ticket", f"ticket {ticket['id']}", tags)
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
@@ -345,6 +360,11 @@ class Tracker:
             self.client.log_model_artifacts(logged.model_id, str(folder))
         self.client.log_outputs(child, [LoggedModelOutput(logged.model_id, step=0)])
         return self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+
+
+def digest(text: str) -> str:
+    """Twelve hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _run_id(path: Path) -> str:

@@ -51,6 +51,7 @@ def make_ticket(name: str, accuracy: float = 0.92, size: int = 50_000) -> dict[s
         "curves": {"rewind": curve, "fresh": curve},
         "seed": 0,
         "spec_hash": "abc",
+        "inputs": "in",
         "split": "test",
         "target": None,
         "ratio": 60.0,
@@ -103,7 +104,8 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def open_tracker(run: Path, **changes: Any) -> Tracker:
-    return Tracker(run, **{"experiment": "demo", "spec": SPEC, "spec_hash": "abc"} | changes)
+    about = {"experiment": "demo", "spec": SPEC, "spec_hash": "abc", "inputs": "in"}
+    return Tracker(run, **about | changes)
 
 
 def write_ticket(run: Path, ticket: dict[str, Any]) -> Path:

@@ -216,6 +216,8 @@ def test_finish_ends_cut_short_children_and_a_new_tracker_reopens(run: Path) -> 
     tracker = open_tracker(run)
     with pytest.raises(TrackingError):
         tracker.register(make_ticket("t1"), Net(), EXAMPLE)
+    for role in ("trial", "arm", "policy"):
+        tracker.child(role, role, {})
     tracker.finish("KILLED")
     status = {r.info.status for r in tracker.client.search_runs([tracker.experiment_id])}
     assert status == {"KILLED", "FAILED"}
@@ -232,6 +234,29 @@ def test_another_spec_hash_is_another_parent_run(run: Path) -> None:
     second = open_tracker(run, spec=changed, spec_hash="other")
     assert second.parent_id != first.parent_id
     assert second.client.get_run(second.parent_id).data.params["search.target"] == "[8, 90]"
+
+
+def test_other_inputs_of_the_same_options_are_another_run_ticket_and_version(run: Path) -> None:
+    """As other weights in the same file: counts, steps and ids may be the same."""
+    seen = []
+    for inputs, accuracy in (("7 abc 0123", 0.9), ("7 abc 4567", 0.8)):
+        tracker, ticket = open_tracker(run, inputs=inputs), make_ticket("t1", accuracy=accuracy)
+        ticket["inputs"] = inputs
+        tracker.log_archive([record("ppo", 1, accuracy, 90_000)])
+        tracker.log_ticket(write_ticket(run, ticket), ticket)
+        version = tracker.register(ticket, Net(), EXAMPLE)
+        tracker.finish()
+        assert steps(tracker, "ppo/accuracy") == {1: accuracy}
+        seen.append((tracker.parent_id, version))
+    assert seen[0][0] != seen[1][0]
+    assert [version for _, version in seen] == ["1", "2"]
+    # Under the same parent too: compression during training begins with a policy of its own.
+    tracker.log_ticket(write_ticket(run, ticket), {**ticket, "inputs": "7 abc 89ab"})
+    tickets = tracker.client.search_runs(
+        [tracker.experiment_id],
+        f"tags.`rlcompress.role` = 'ticket' and tags.mlflow.parentRunId = '{tracker.parent_id}'",
+    )
+    assert len(tickets) == 2
 
 
 def test_the_environment_names_the_server(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
