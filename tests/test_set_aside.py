@@ -161,3 +161,27 @@ def test_a_dense_network_comes_back_behind_one_that_was_cut_off(tiny, monkeypatc
         assert seen == [2, 3]
         train_dense(tiny())
         assert contents(dense) == before
+
+
+def test_a_ticket_begins_at_the_dense_network_that_was_searched(tiny, rlcompress, monkeypatch):
+    """`dynamic` and `tune` with other options leave another one, or a part of it, beside the
+    search."""
+    dense, words = Path("runs/tiny/dense"), ("ticket.epochs=1", "ticket.fit_images=64")
+    sets = [word for option in (*words, "export.latency=[]") for word in ("--set", option)]
+    before = contents(dense)
+
+    def interrupt(shown: Stage, done: int, text: str) -> None:
+        raise InterruptedRunError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "update", interrupt)
+        with pytest.raises(InterruptedRunError):
+            train_dense(tiny("dense.lr=0.002"))
+    assert contents(dense) != before
+    for verb in ("ticket", "export"):
+        told = rlcompress(verb, "tiny", *sets)
+        assert told.code == 0, told.err
+        after = contents(dense)
+        assert {name: after[name] for name in before} == before
+        train_dense(tiny("dense.lr=0.002"))
+        assert contents(dense)["trained.safetensors"] != before["trained.safetensors"]

@@ -133,6 +133,7 @@ class Run:
         w = self.workspace
         w.require_search()
         with _working(w, w.begin()):
+            train_dense(w)  # another verb may have left one of other options
             for _ in make_tickets(w):
                 pass
         last_lines(w)
@@ -191,6 +192,7 @@ class Run:
         if not tickets:
             raise UserError(f"{w.folder}: no ticket of these options yet; {w.next('ticket')}")
         with _working(w, Lock(w.folder)):
+            train_dense(w)
             for path in [path for ticket in tickets for path in export(w, ticket)]:
                 console.print(path)
             finish_tickets(w)
