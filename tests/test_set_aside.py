@@ -98,7 +98,18 @@ def test_nothing_is_lost_where_setting_aside_is_cut_off(tiny, monkeypatch, cut_o
     now, *old = measured(run.folder, "untrained")
     assert [json.loads(line)["evaluation"] for line in now] == [1, 2, 3]
     assert old[0] == before
-    assert read_json(run.folder / "search" / "untrained.done") == 3
+    assert read_json(run.folder / "search" / "untrained.done")["evaluations"] == 3
+
+
+def test_a_search_is_done_for_its_own_options_alone(tiny):
+    """A copy at `storage` that was cut off may hold another search's files."""
+    run = tiny("search.bits=[2, 4]")
+    done = (run.folder / "search" / "uniform.done").read_bytes()
+    run.claim(run.folder / "search", run.search_inputs())
+    for old in (done, b"4"):  # as older versions wrote it
+        (run.folder / "search" / "uniform.done").write_bytes(old)
+        assert len(search_all(run)) == 4
+        (run.folder / "search" / "archive.jsonl").unlink()
 
 
 @pytest.mark.parametrize(
