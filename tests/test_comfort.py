@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -81,6 +83,28 @@ def test_search_as_json_in_a_folder_with_spaces_and_umlauts(rlcompress):
     )
     assert [ticket["experiment"] for ticket in json.loads(listed.out)] == ["tiny"]
     assert rlcompress("report", *words).out.strip() == str(folder / "report" / "index.html")
+
+
+def test_brackets_and_colons_are_printed_as_they_are(rlcompress, searched):
+    """Of options and paths in the commands that are named."""
+    shutil.copytree(searched, "runs/[red]tiny")
+    words = ("--set", "search.baselines=[uniform]", "--set", "description='see [/docs] :art:'")
+    told = rlcompress("search", "tiny", *words, "--out", "runs/[red]tiny")
+    assert told.code == 0, told.err
+    assert "--set 'search.baselines=[uniform]'" in told.out
+    assert "see [/docs] :art:" in told.out
+    assert "archive  runs/[red]tiny/search/archive.jsonl" in told.out
+
+
+def test_a_bar_shows_brackets_as_they_are(monkeypatch):
+    from rlcompress import live
+
+    shown = live.Console(force_terminal=True, width=120, markup=False, file=io.StringIO())
+    monkeypatch.setattr(live, "console", shown)
+    with live.stage("search [/x]", 2) as stage:
+        stage.update(1, "lr [red]=[0.1]")
+    assert "search [/x]" in shown.file.getvalue()
+    assert "lr [red]=[0.1]" in shown.file.getvalue()
 
 
 @pytest.mark.parametrize(
