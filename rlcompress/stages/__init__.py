@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,11 +85,21 @@ def _working(run: Workspace, lock: Lock | None) -> Iterator[None]:
                     jobs = importlib.import_module("rlcompress.rl.jobs")
                     jobs.publish(run.folder, run.experiment.ppo)
                 yield
-        finally:
-            if lock is not None:
-                run.keep()
-            elif run.storage is not None:
-                _keep_if_idle(run)
+        except BaseException:
+            # What ended the command is what it ends with: of the copy a line is enough.
+            try:
+                _keep(run, lock)
+            except (UserError, OSError) as error:
+                print(error, file=sys.stderr)
+            raise
+        _keep(run, lock)
+
+
+def _keep(run: Workspace, lock: Lock | None) -> None:
+    if lock is not None:
+        run.keep()
+    elif run.storage is not None:
+        _keep_if_idle(run)
 
 
 def _keep_if_idle(run: Workspace) -> None:
