@@ -81,6 +81,16 @@ def test_a_policy_says_where_it_comes_from_and_is_not_trained_again(trained):
     assert {path.name: path.stat().st_mtime_ns for path in policy.iterdir()} == before
 
 
+def test_a_policy_that_was_set_aside_comes_back(folder):
+    policy = folder / "runs" / "tiny" / "policy"
+    before = {path.name: path.stat().st_ino for path in policy.iterdir()}
+    for option, kept in (("ppo.kl_weight=2.0", False), ("ppo.kl_weight=1.0", True)):
+        done = rlcompress(folder, "train-policy", "tiny", "--set", option)
+        assert done.returncode == 0, done.stdout + done.stderr
+        now = {path.name: path.stat().st_ino for path in policy.iterdir()}
+        assert (now == before) is kept
+
+
 def test_an_empty_zoo_is_one_line(trained):
     done = rlcompress(trained, "train-policy", "empty")
     assert done.returncode == 2

@@ -196,3 +196,23 @@ def test_a_ticket_begins_at_the_dense_network_that_was_searched(tiny, rlcompress
         assert {name: after[name] for name in before} == before
         train_dense(tiny("dense.lr=0.002"))
         assert contents(dense)["trained.safetensors"] != before["trained.safetensors"]
+
+
+@pytest.mark.parametrize(("verb", "made"), [("ticket", "tickets"), ("dynamic", "dynamic")])
+def test_what_is_done_comes_back_and_is_not_made_again(tiny, rlcompress, verb, made):
+    folder, other = Path("runs/tiny") / made, f"{verb}.lr=0.03"
+    words = (verb, "tiny", "--set", "ticket.epochs=1", "--set", "ticket.fit_images=64")
+
+    def files() -> dict[str, int]:
+        return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+    assert rlcompress(*words).code == 0
+    first = files()
+    assert rlcompress(*words, "--set", other).code == 0
+    second = files()
+    assert first.keys() == second.keys()
+    assert set(first.values()).isdisjoint(second.values())
+    told = rlcompress(*words)
+    assert told.code == 0
+    assert files() == first
+    assert "was made from these options" in told.out

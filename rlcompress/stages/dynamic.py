@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcompress.core.artifact import load_artifact
-from rlcompress.core.files import JsonLines, read_archive, read_json, save_json
+from rlcompress.core.files import JsonLines, read_archive, save_json
 from rlcompress.core.policy import Agent
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
@@ -52,13 +52,14 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     folder, d = run.folder / "dynamic", run.experiment.dynamic
     path, begin = folder / "ticket.json", _begin(run)
     inputs = f"{run.dynamic_inputs()} {digest_of(begin)}"
-    if path.exists() and read_json(path)["inputs"] == inputs:
+    run.exchange(folder, inputs, path.name)
+    if path.exists():
         return judged_again(path, run.experiment.ticket.floor)
     training = training_of(run, agent_of(begin))
     trainer = Trainer(training)
     compressor = trainer.compressor
     compressor.require_reachable(d.target)
-    run.claim(folder, inputs)
+    run.claim(folder, inputs, path.name)
     policy = _trained(run, training, folder) if d.policy_episodes else begin
     compressor.use(policy)
     trainer.begin(d.target, run.experiment.seed)

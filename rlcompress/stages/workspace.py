@@ -130,7 +130,8 @@ class Workspace:
 
         def inputs_of(place: Path) -> str | None:
             paths = (path for path in (place / MARKER, place / result) if path.exists())
-            return next((str(read_json(path)["inputs"]) for path in paths), None)
+            named = (read_json(path).get("inputs") for path in paths)
+            return next((str(inputs) for inputs in named if inputs is not None), None)
 
         there = inputs_of(folder)
         if there == inputs:

@@ -121,12 +121,13 @@ def train_policy(run: Workspace) -> dict[str, Any]:
     e, folder = run.experiment, run.folder / "policy"
     zoo, inputs = e.zoo, f"{MEASUREMENTS} {spec_hash(e)}"
     networks = members(run)
+    run.exchange(folder, inputs, "policy.json")
     if (folder / "policy.json").exists():
         _, about = load_policy(folder, OBSERVATION_VERSION)
         if about.get("inputs") == inputs and "judged" in about:
             return about
     sampled = {name: sample(network) for name, network in networks.items()}
-    run.claim(folder, inputs)
+    run.claim(folder, inputs, "policy.json")
     lessons = {name: lessons_of(networks[name], records) for name, records in sampled.items()}
     learned = fit(list(lessons.values()), seed=e.seed)
     learned.save(folder / LEARNED)
