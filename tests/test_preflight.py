@@ -77,6 +77,21 @@ def test_other_weights_under_the_same_name_are_another_network(rlcompress):
     assert "made from other options" not in again.out + again.err
 
 
+def test_a_searcher_without_a_schedule_says_so(rlcompress, searched):
+    """The main one ends the command, again and again; a baseline is passed over with a line."""
+    shutil.copytree(searched, "runs/tiny")
+    narrow = ("--set", "search.target=[4.0001, 4.0002]")
+    says = "uniform has no schedule within search.target = [4.0001, 4.0002]; widen it"
+    for _ in range(2):
+        assert_told(rlcompress("search", "tiny", *narrow), says)
+    told = rlcompress(
+        "search", "tiny", *narrow, "--searcher", "random", "--set", "search.baselines=[uniform]"
+    )
+    assert told.code == 0, told.err
+    assert says in told.out
+    assert not Path("runs/tiny/search/uniform.done").exists()
+
+
 def state(**changes: object) -> dict[str, object]:
     return {**toy_network().state_dict(), **changes}
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from rlcompress import searchers
+from rlcompress.core.errors import UserError
 from rlcompress.core.files import JsonLines, read_json, save_json
 from rlcompress.core.pareto import Front, archive_front, best_at_floor
 from rlcompress.core.schedule import Measurement, Record
@@ -43,6 +44,14 @@ def search_all(run: Workspace) -> list[Record]:
             continue
         if len(mine) < budgets[name]:
             _search_with(run, name, budgets[name], mine, records, policy)
+        if not any(r.searcher == name for r in records):
+            said = (
+                f"{name} has no schedule within search.target = {list(e.search.target)}; widen it"
+            )
+            if name == e.search.searcher:
+                raise UserError(said)
+            console.print(said)
+            continue
         # A searcher may have fewer proposals than evaluations; that is not to be tried again.
         done = {"evaluations": budgets[name], "inputs": run.search_inputs()}
         save_json(finished, done)
