@@ -170,6 +170,11 @@ class TestVerbs:
         assert code(verb, "quickstart", "--file", FILE, "--searcher", "randon") == 2
         assert 'did you mean "random"?' in capsys.readouterr().err
 
+    @pytest.mark.parametrize("policy", ["2026-11-26", "1", "a: b", "[x]", "runs/zoo", "null"])
+    def test_transfer_takes_a_folder_of_any_name(self, policy, runs):
+        assert code("transfer", "quickstart", "--file", FILE, "--policy", policy) == 0
+        assert runs[0][3].search.policy == policy
+
     def test_sensitivity(self, runs, capsys):
         command = ("search", "quickstart", "--file", FILE, "--set", "search.episodes=9")
         assert code(*command, "--sensitivity", "refitted") == 0

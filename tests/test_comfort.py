@@ -260,6 +260,26 @@ def test_interrupted_while_a_ticket_trains(tmp_path):
     assert "the dense network, 4 measured schedules, 1 arm in training; to go on:" in err
 
 
+def test_what_train_policy_and_dynamic_have_kept(tmp_path):
+    from rlcompress.cli import interrupt
+
+    for name in ("a", "b"):
+        (tmp_path / "zoo" / name / "samples").mkdir(parents=True)
+        (tmp_path / "zoo" / name / "dense").mkdir()
+        (tmp_path / "zoo" / name / "dense" / "metrics.json").write_text("{}")
+        (tmp_path / "zoo" / name / "samples" / "archive.jsonl").write_text("1\n2\n")
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "episodes.jsonl").write_text("1\n")
+    (tmp_path / "dynamic").mkdir()
+    (tmp_path / "dynamic" / "archive.jsonl").write_text("1\n")
+    assert interrupt.kept(tmp_path) == [
+        "2 dense networks of the zoo",
+        "4 measured schedules of the zoo",
+        "1 episode over the zoo",
+        "1 training run of the policy",
+    ]
+
+
 def test_interrupted_in_dynamic(tmp_path):
     write_slow(tmp_path, 2, "random", 4)
     code, err = interrupted(

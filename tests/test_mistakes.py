@@ -96,6 +96,9 @@ OPTIONS = {
     "watch too long": ("dynamic.watch=20", "less than half of dynamic.warmup = 21"),
     "space of nothing": ("tune.space={ppo.lr: {}}", "exactly one of"),
     "space of no option": ("tune.space={ppo.rl: {choice: [1]}}", 'did you mean "ppo.lr"?'),
+    "space of a date": ("tune.space={ppo.lr: {grid: [2020-01-01]}}", "grid.0 = "),
+    "argument of a date": ("model.args.a=[1, {b: 2020-01-01}]", "model.args.a = "),
+    "more threads than any machine": ("threads=3000000000", "less than or equal to 4096"),
     "not YAML": ("search.target=[4", "line 1"),
 }
 

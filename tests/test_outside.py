@@ -229,6 +229,13 @@ def test_a_copy_that_fails_hides_nothing(rlcompress, searched, monkeypatch, erro
     assert "Traceback" not in told.err
 
 
+def test_a_report_while_another_command_trains(rlcompress, searched):
+    shutil.copytree(searched, "runs/tiny")
+    Path("runs/tiny/dense/metrics.json").unlink()
+    told = rlcompress("report", "tiny")
+    assert_told(told, "dense/metrics.json is missing; ")
+
+
 # --- disks ---------------------------------------------------------------------------------------
 
 

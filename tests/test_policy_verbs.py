@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rlcompress.cli.compress import _name
 from rlcompress.core.files import read_archive
 from rlcompress.rl.transfer import SIZES
+from rlcompress.schema import NAME
 from tests.shell import rlcompress
 
 DATA = {"factory": "digits", "args": {"size": 16}}
@@ -207,6 +210,11 @@ def test_compress_is_the_whole_job_and_other_verbs_go_on_from_it(tmp_path):
     assert ticket["searcher"] == "transfer"
     again = ("report", run.name, "--file", str(run / "experiments.yaml"), "--out", str(run))
     assert rlcompress(tmp_path, *again).returncode == 0
+
+
+@pytest.mark.parametrize("model", ["_nets:build", "a.b._c:d", "nétz:build", "-"])
+def test_compress_makes_a_name_that_an_experiments_file_may_have(model):
+    assert re.fullmatch(NAME, _name(model, "digits", "5x"))
 
 
 def test_compress_tells_all_mistakes_at_once_and_writes_nothing(tmp_path):

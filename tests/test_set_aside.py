@@ -206,7 +206,9 @@ def test_what_is_done_comes_back_and_is_not_made_again(tiny, rlcompress, verb, m
     def files() -> dict[str, int]:
         return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
-    assert rlcompress(*words).code == 0
+    told = rlcompress(*words)
+    assert told.code == 0
+    assert "report   " not in told.out  # none is there yet
     first = files()
     assert rlcompress(*words, "--set", other).code == 0
     second = files()

@@ -189,8 +189,9 @@ def transfer(
     rlcompress transfer resnet18-fashion --policy runs/zoo --evaluations 50
     rlcompress transfer quickstart --policy NAME@champion --set tracking.uri=http://SERVER:5000
     """
-    given = {"searcher": "transfer", "policy": policy, "episodes": str(evaluations)}
-    # Behind them what --set says, which wins.
-    shorts = [f"search.{key}={value}" for key, value in given.items()]
-    overrides = [*shorts, "search.baselines=[]", *(sets or ())]
+    from rlcompress import spec
+
+    given = ["search.searcher=transfer", spec.override("search.policy", policy)]
+    given += [f"search.episodes={evaluations}", "search.baselines=[]"]
+    overrides = [*given, *(sets or ())]  # what --set says wins
     open_run(name, file, overrides, out, begins=True).transfer()

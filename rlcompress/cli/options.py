@@ -80,7 +80,8 @@ def open_run(
     from rlcompress import spec
 
     given = {short: value for short, value in (shorts or {}).items() if value}
-    overrides = [*(sets or ()), *(f"search.{short}={value}" for short, value in given.items())]
+    short = [spec.override(f"search.{key}", value) for key, value in given.items()]
+    overrides = [*(sets or ()), *short]
     experiment = spec.resolve(spec.load_experiments(file), name, overrides)
     words = [] if file == FILE else ["--file", str(file)]
     # A short option as --set: every verb takes that.

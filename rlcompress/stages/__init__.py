@@ -216,7 +216,13 @@ class Run:
 
         # Without the lock: one may look at a run at work.
         with _working(w, None):
-            page = write_report(w.folder)
+            try:
+                page = write_report(w.folder)
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"{error}; if another command is at work on it, {w.next('report')} once that "
+                    "is done"
+                ) from error
         console.print(page)
 
     def run(self) -> None:
