@@ -15,12 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from rlcompress import stages
-from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.policy import Policy, PolicyShape, save_policy
 from rlcompress.core.tensors import save_tensors
 from rlcompress.lock import Lock
-from rlcompress.stages.storage import Storage
 from tests.mistakes import EXPERIMENTS, assert_told, contents
 from tests.shell import ROOT
 from tests.shell import rlcompress as shell
@@ -200,33 +197,6 @@ def test_a_report_of_a_run_at_work_leaves_the_copy_to_it(rlcompress, searched):
     assert rlcompress(*words).code == 0
     assert Path("kept/tiny/report/index.html").is_file()
     assert not Path("kept/tiny/lock").exists()
-
-
-ENDS = {
-    "interrupted": (KeyboardInterrupt(), 130, "Interrupted. Kept in runs/tiny: the dense network"),
-    "a mistake": (UserError("no such layer"), 2, "no such layer"),
-    "nothing": (None, 3, ""),
-}
-
-
-@pytest.mark.parametrize(("error", "code", "says"), ENDS.values(), ids=ENDS)
-def test_a_copy_that_fails_hides_nothing(rlcompress, searched, monkeypatch, error, code, says):
-    shutil.copytree(searched, "runs/tiny")
-
-    def end(*_: object) -> None:
-        if error is not None:
-            raise error
-
-    def gone(*_: object) -> None:
-        raise OutsideError("storage: kept/tiny: gone")
-
-    monkeypatch.setattr(stages, "train_dense", end)
-    monkeypatch.setattr(Storage, "save", gone)
-    told = rlcompress("search", "tiny", "--set", "storage=kept")
-    assert told.code == code, told.err
-    assert "storage: kept/tiny: gone\n" in told.err
-    assert says in told.err
-    assert "Traceback" not in told.err
 
 
 def test_a_report_while_another_command_trains(rlcompress, searched):

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlcompress import stages
+from rlcompress.core.errors import UserError
 from rlcompress.core.files import read_json
 from rlcompress.core.tensors import save_tensors
+from rlcompress.stages import Workspace
 from tests.mistakes import assert_told, contents
 from tests.toy import toy_network
 
@@ -28,8 +31,31 @@ MISTAKES = {
 def test_a_mistake_moves_nothing(rlcompress, searched, option, says):
     shutil.copytree(searched, "runs/tiny")
     before = contents(Path("runs"))
-    assert_told(rlcompress("search", "tiny", "--set", option), says)
-    assert contents(Path("runs")) == before
+    for fresh in ((), ("--fresh",)):
+        assert_told(rlcompress("search", "tiny", "--set", option, *fresh), says)
+        assert contents(Path("runs")) == before
+
+
+@pytest.mark.parametrize("verb", ["run", "search"])
+def test_fresh_moves_the_old_run_aside(rlcompress, searched, monkeypatch, verb):
+    """Once the new one can begin: its dense network is trained from the start."""
+    shutil.copytree(searched, "runs/tiny")
+    before = contents(Path("runs/tiny"))
+
+    def stop(run: Workspace) -> None:
+        assert not (run.folder / "dense").exists()
+        raise UserError("stop")
+
+    monkeypatch.setattr(stages, "train_dense", stop)
+    for count in (1, 2, 3):
+        told = rlcompress(verb, "tiny", "--fresh")
+        assert_told(told, f"the old run is now in {Path(f'runs/tiny.{count}').resolve()}", lines=2)
+    assert contents(Path("runs/tiny.1")) == before
+    assert {path.name for path in Path("runs").iterdir()} == {
+        "tiny",
+        *(f"tiny.{n}" for n in (1, 2, 3)),
+    }
+    assert {path.name for path in Path("runs/tiny").iterdir()} == {"lock", "log.txt", "spec.yaml"}
 
 
 @pytest.mark.parametrize(("option", "says"), MISTAKES.values(), ids=MISTAKES)

@@ -116,10 +116,16 @@ class Run:
     """An experiment's verbs, each of which the command line calls by its name."""
 
     def __init__(
-        self, name: str, experiment: Experiment, folder: Path, words: Sequence[str] = ()
+        self,
+        name: str,
+        experiment: Experiment,
+        folder: Path,
+        words: Sequence[str] = (),
+        fresh: bool = False,
     ) -> None:
-        """`words`: the options of the command line, for the commands that are printed."""
-        self.workspace = Workspace(name, experiment, folder, words)
+        """`words`: the options of the command line, for the commands that are printed. `fresh`: the
+        run that is there moves aside once this one can begin."""
+        self.workspace = Workspace(name, experiment, folder, words, fresh)
 
     def check(self, *, as_json: bool = False) -> None:
         """Prints what would run, and how long it would take; writes nothing."""
@@ -142,6 +148,7 @@ class Run:
 
     def ticket(self) -> None:
         w = self.workspace
+        w.fetch()
         w.require_search()
         with _working(w, w.begin()):
             train_dense(w)  # another verb may have left one of other options
@@ -199,6 +206,7 @@ class Run:
 
     def export(self) -> None:
         w = self.workspace
+        w.fetch()
         tickets = w.tickets()
         if not tickets:
             raise UserError(f"{w.folder}: no ticket of these options yet; {w.next('ticket')}")
@@ -210,6 +218,7 @@ class Run:
 
     def report(self) -> None:
         w = self.workspace
+        w.fetch()
         if not (w.folder / "search" / "archive.jsonl").exists():
             raise UserError(f"{w.folder}: nothing searched yet; {w.next('run')}")
         from rlcompress.report.page import write_report

@@ -61,7 +61,8 @@ def require_possible(run: Workspace, *, searches: bool = True, tracked: bool = T
         problems.none_in(lambda: policy_of(run))
     problems.tell()
     uri = e.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if tracked and uri and not (run.folder / "tracked.json").exists():
+    done = (run.folder / "tracked.json").exists() and not run.fresh
+    if tracked and uri and not done:
         from rlcompress.tracking import TrackingError, probe
 
         try:
@@ -83,7 +84,7 @@ def _network(run: Workspace, problems: Problems, *, searches: bool) -> None:
     problems.none_in(lambda: require_kept(model, run.structure, run.ref))
     if (
         e.dense.weights
-        and not _loaded(run)
+        and not dense_done(run)
         and problems.none_in(lambda: load_weights(model, Path(e.dense.weights or "")))
     ):
         problems.none_in(lambda: require_kept(model, run.structure, run.ref))
@@ -93,9 +94,11 @@ def _made(run: Workspace, *, searches: bool) -> bool:
     """Whether the stages whose inputs are to be checked are there already."""
     marker = run.folder / "search" / "inputs.json"
     done = marker.exists() and read_json(marker)["inputs"] == run.search_inputs()
-    return _loaded(run) and (done or not searches)
+    return dense_done(run) and (done or not searches)
 
 
-def _loaded(run: Workspace) -> bool:
+def dense_done(run: Workspace) -> bool:
+    """Whether the dense network of these very options is there."""
     path = run.folder / "dense" / "metrics.json"
-    return path.exists() and bool(read_json(path)["inputs"] == run.dense_inputs())
+    there = path.exists() and not run.fresh
+    return there and bool(read_json(path)["inputs"] == run.dense_inputs())

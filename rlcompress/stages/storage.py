@@ -45,6 +45,11 @@ class Storage:
         except (OSError, ArrowInvalid, NotImplementedError) as error:
             raise OutsideError(f"storage: {self.uri}: {first_line(error)}") from error
 
+    def has_run(self) -> bool:
+        with self._clear():
+            there = self._files.get_file_info(f"{self._root}/spec.yaml")
+        return bool(there.type == FileType.File)
+
     def load(self, folder: Path) -> None:
         """Brings what is kept to `folder`, if no run is there: one that goes on elsewhere.
 
