@@ -13,6 +13,7 @@ from rlcompress import stages
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import read_json
 from rlcompress.core.tensors import save_tensors
+from rlcompress.lock import Lock
 from rlcompress.stages import Workspace
 from tests.mistakes import assert_told, contents
 from tests.toy import toy_network
@@ -237,6 +238,18 @@ def test_compress_writes_what_it_was_asked(rlcompress):
     assert again.code == 0, again.err
     (ticket,) = (json.loads(path.read_text()) for path in run.glob("tickets/*/ticket.json"))
     assert ticket["ratio"] >= 5
+
+
+def test_compress_leaves_the_file_of_a_run_at_work_alone(rlcompress):
+    weights("w.safetensors", 0)
+    words = ("--model", "tests.toy:toy_network", "--data", "digits", "--set", "data.args.size=16")
+    with Lock(Path("run")):
+        Path("run/experiments.yaml").write_text("theirs")
+        told = rlcompress(
+            "compress", *words, "--target", "5x", "--weights", "w.safetensors", "--out", "run"
+        )
+        assert_told(told, "run: in use by")
+        assert Path("run/experiments.yaml").read_text() == "theirs"
 
 
 def test_compress_tells_mistakes_of_all_kinds_at_once(rlcompress):

@@ -106,6 +106,4 @@ def compress(
         problems.none_in(lambda: require_possible(run.workspace))
     problems.tell()
     interrupt.folder = folder
-    folder.mkdir(parents=True, exist_ok=True)
-    spec.write_single(path, name, experiment.model_dump(mode="json", exclude_unset=True))
-    run.run()
+    run.run(write=path)

@@ -234,12 +234,12 @@ class Run:
                 ) from error
         console.print(page)
 
-    def run(self) -> None:
+    def run(self, write: Path | None = None) -> None:
         """All stages, then the last lines: dense -> ticket. What cannot be exported to ONNX is
-        told at the end: it keeps nobody from the ticket."""
+        told at the end: it keeps nobody from the ticket. `write`: see `Workspace.begin`."""
         w, problems = self.workspace, list[UserError]()
         require_possible(w)
-        with _working(w, w.begin()):
+        with _working(w, w.begin(write)):
             _prepare(w)
             train_dense(w)
             w.keep()

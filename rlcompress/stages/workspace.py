@@ -33,7 +33,7 @@ from rlcompress.core.tensors import load_tensors
 from rlcompress.core.train import logits_of
 from rlcompress.live import console
 from rlcompress.lock import Lock, move_aside
-from rlcompress.spec import Experiment, spec_hash, write_resolved
+from rlcompress.spec import Experiment, spec_hash, write_resolved, write_single
 from rlcompress.stages.storage import Storage
 from rlcompress.stages.weights import digest_of_file, load_weights
 
@@ -382,10 +382,10 @@ class Workspace:
             with Lock(self.folder):
                 self.storage.load(self.folder)
 
-    def begin(self) -> Lock:
+    def begin(self, write: Path | None = None) -> Lock:
         """Takes the run folder for this command, until the lock is closed; what `storage` has goes
         into it, and an old run out of it where a fresh one begins. Raises UserError if another one
-        is at work in it."""
+        is at work in it. `write`: an experiments file to make of this experiment alone."""
         if self.fresh:
             move_aside(self.folder)
             self.fresh = False
@@ -393,6 +393,9 @@ class Workspace:
         if self.storage is not None:
             self.storage.load(self.folder)
         write_resolved(self.experiment, self.name, self.folder / "spec.yaml")
+        if write is not None:
+            given = self.experiment.model_dump(mode="json", exclude_unset=True)
+            write_single(write, self.name, given)
         return lock
 
     def log(self) -> Path:
