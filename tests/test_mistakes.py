@@ -93,6 +93,7 @@ OPTIONS = {
     "smoothing of one": ("dense.label_smoothing=1.0", "less than 1"),
     "rewind behind the end": ("dense.rewind_epoch=2", "below dense.epochs (2)"),
     "floor beyond accuracy": ("ticket.floor=101", "less than or equal to 100"),
+    "warmup too short": ("dynamic.warmup=10", "less than half of dynamic.warmup = 10"),
     "watch too long": ("dynamic.watch=20", "less than half of dynamic.warmup = 21"),
     "space of nothing": ("tune.space={ppo.lr: {}}", "exactly one of"),
     "space of no option": ("tune.space={ppo.rl: {choice: [1]}}", 'did you mean "ppo.lr"?'),

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlcompress import stages
+from rlcompress import spec, stages
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import read_json
+from rlcompress.core.files import read_json, save_json
 from rlcompress.core.tensors import save_tensors
 from rlcompress.lock import Lock
 from rlcompress.stages import Workspace
+from rlcompress.stages.zoo import members
 from tests.mistakes import assert_told, contents
 from tests.toy import toy_network
 
@@ -63,6 +64,51 @@ def test_fresh_moves_the_old_run_aside(rlcompress, searched, monkeypatch, verb):
 def test_a_mistake_makes_nothing(rlcompress, option, says):
     assert_told(rlcompress("search", "tiny", "--set", option), says)
     assert not Path("runs").exists()
+
+
+DYNAMIC = {
+    "out of reach": ("dynamic.target=5000", "target = 5000: from 1 to "),
+    "no policy": ("search.policy=nowhere", "search.policy = nowhere: no policy.json"),
+    "no model": MISTAKES["no model"],
+}
+
+
+@pytest.mark.parametrize(("option", "says"), DYNAMIC.values(), ids=DYNAMIC)
+def test_a_mistake_of_dynamic_makes_and_moves_nothing(rlcompress, searched, option, says):
+    assert_told(rlcompress("dynamic", "tiny", "--set", option), says)
+    assert not Path("runs").exists()
+    shutil.copytree(searched, "runs/tiny")
+    Path("runs/tiny/dynamic").mkdir()
+    save_json(Path("runs/tiny/dynamic/ticket.json"), {"inputs": "other"})
+    before = contents(Path("runs"))
+    assert_told(rlcompress("dynamic", "tiny", "--set", option), says)
+    assert contents(Path("runs")) == before
+
+
+ZOO = """{
+    one: {model: {factory: 'tests.toy:toy_netwrok'}, data: {factory: digits}},
+    two: {model: {factory: cnn}, data: {factory: 'gone:data'}},
+    three: {model: {factory: cnn, args: {width: 0.2}}, data: {factory: digits}}}"""
+
+
+def test_mistakes_of_a_zoo_are_told_at_once(rlcompress):
+    words = ("--set", f"zoo.networks={ZOO}", "--set", "search.target=[4, 9000]")
+    told = rlcompress("train-policy", "tiny", *words)
+    for says in (
+        "search.target = [4.0, 9000.0]: at most",
+        'zoo.networks.one: factory "tests.toy:toy_netwrok"',
+        'zoo.networks.two: factory "gone:data"',
+    ):
+        assert_told(told, says, lines=3)
+    assert not Path("runs").exists()
+
+
+def test_loaded_weights_are_those_of_the_experiments_own_network(rlcompress):
+    file = spec.load_experiments("experiments.yaml")
+    options = [f"zoo.networks={ZOO}", weights("w.safetensors", 0)]
+    run = Workspace("tiny", spec.resolve(file, "tiny", options), Path("runs/tiny"))
+    assert [member.experiment.dense.weights for member in members(run).values()] == [None] * 3
+    assert run.experiment.dense.weights == "w.safetensors"
 
 
 def test_mistakes_of_all_kinds_are_told_at_once(rlcompress):

@@ -29,6 +29,7 @@ from rlcompress.stages.deliver import (
     tracker_of,
 )
 from rlcompress.stages.dense import train_dense
+from rlcompress.stages.policies import find_policy
 from rlcompress.stages.preflight import require_possible
 from rlcompress.stages.search import outcome_lines, print_front, search_all, searched
 from rlcompress.stages.ticket import make_tickets
@@ -162,7 +163,7 @@ class Run:
         from rlcompress.stages import tune
 
         tune.require_space(w)
-        require_possible(w)
+        require_possible(w, plays=find_policy)
         with _working(w, w.begin()):
             train_dense(w)
             trials = tune.tune(w)
@@ -185,9 +186,10 @@ class Run:
         w = self.workspace
         from rlcompress.stages import zoo
 
-        zoo.members(w)
+        networks = zoo.members(w)
+        require_possible(w, plays=None, zoo=networks)
         with _working(w, w.begin()):
-            about = zoo.train_policy(w)
+            about = zoo.train_policy(w, networks)
             version = zoo.register(w, about)
         zoo.last_lines(w, about, version)
 
@@ -196,7 +198,7 @@ class Run:
         w = self.workspace
         from rlcompress.stages import dynamic
 
-        require_possible(w, searches=False)
+        require_possible(w, searches=False, plays=dynamic.begins_with)
         with _working(w, w.begin()):
             train_dense(w)
             ticket = dynamic.compress_in_training(w)

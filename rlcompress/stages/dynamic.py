@@ -50,7 +50,7 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     `dynamic/weights.safetensors` and `dynamic/ticket.json`, its content; found there, they are
     not made again."""
     folder, d = run.folder / "dynamic", run.experiment.dynamic
-    path, begin = folder / "ticket.json", _begin(run)
+    path, begin = folder / "ticket.json", begins_with(run)
     inputs = f"{run.dynamic_inputs()} {digest_of(begin)}"
     run.exchange(folder, inputs, path.name)
     if path.exists():
@@ -116,11 +116,14 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     return content
 
 
-def _begin(run: Workspace) -> Path | None:
+def begins_with(run: Workspace) -> Path | None:
     """The folder of the policy that the search of this run has trained, else of `search.policy`;
-    None for the prior."""
+    None for the prior. Raises UserError for one that this version cannot use."""
     found = run.folder / "search" / "policy"
-    return found if (found / "policy.json").exists() else find_policy(run)
+    if not (found / "policy.json").exists():
+        return find_policy(run)
+    agent_of(found)
+    return found
 
 
 def _trained(run: Workspace, training: Training, folder: Path) -> Path:
