@@ -20,6 +20,14 @@ COMMANDS = {
     "a folder as file": (["ls", "--file", "."], "cannot be read"),
     "check without a name": (["check"], "check wants an EXPERIMENT or --model"),
     "check of both": (["check", "tiny", "--model", "vgg19"], "one of the two"),
+    "check of a model, with options": (
+        ["check", "--model", "vgg19", "--set", "seed=1", "--file", "experiments.yaml"],
+        "check: --file, --set: only with an EXPERIMENT",
+    ),
+    "check of a name, with a shape": (
+        ["check", "tiny", "--input", "3,32,32", "--classes", "5"],
+        "check: --input, --classes: only with --model",
+    ),
     "factory without a colon": (["check", "--model", "vgg18"], 'did you mean "vgg19"?'),
     "factory nowhere": (["check", "--model", "nosuch.mod:net"], "cannot import nosuch.mod"),
     "factory misspelt": (["check", "--model", "tests.toy:toy_netwrk"], "toy_network"),

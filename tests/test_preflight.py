@@ -25,6 +25,10 @@ MISTAKES = {
     "no model": ("model={factory: 'tests.toy:toy_netwrok', args: {}}", "toy_network"),
     "out of reach": ("search.target=[4, 1000]", "is possible"),
     "no searcher": ("search.searcher=mistaken:search", "cannot import mistaken"),
+    "no policy": (
+        "search={searcher: untrained, policy: nowhere}",
+        "search.policy = nowhere: no policy.json",
+    ),
     "no clip rule": ("search.clip=mistaken:clip", "cannot import mistaken"),
 }
 
@@ -36,6 +40,27 @@ def test_a_mistake_moves_nothing(rlcompress, searched, option, says):
     for fresh in ((), ("--fresh",)):
         assert_told(rlcompress("search", "tiny", "--set", option, *fresh), says)
         assert contents(Path("runs")) == before
+
+
+@pytest.mark.parametrize(("option", "says"), MISTAKES.values(), ids=MISTAKES)
+def test_check_tells_it_too(rlcompress, option, says):
+    assert_told(rlcompress("check", "tiny", "--set", option), says)
+    assert not Path("runs").exists()
+
+
+def test_check_judges_by_the_dense_network_of_its_options(rlcompress, searched):
+    """Another one that lies there says nothing of them; loaded weights are trained."""
+    shutil.copytree(searched, "runs/tiny")
+    before = contents(Path("runs"))
+    untrained = "of the untrained network: only its time means anything"
+    model = "model={factory: cnn, args: {width: 0.2}}"
+    for option, trained in (("seed=0", True), ("dense.lr=0.05", False), (model, False),
+                            (weights("w.safetensors", 0), True)):  # fmt: skip
+        told = rlcompress("check", "tiny", "--set", option)
+        assert told.code == 0, told.err
+        assert (untrained not in told.out) is trained
+        assert ("dense 0 s" in told.out) is trained
+    assert contents(Path("runs")) == before
 
 
 @pytest.mark.parametrize("verb", ["run", "search"])
