@@ -31,7 +31,8 @@ PLAIN_WIDTH = 140
 #: Columns of a terminal below which the bar is short and the time spent is left out.
 NARROW = 100
 
-console = Console(soft_wrap=True, highlight=False)
+#: Prints text as it is: brackets and colons are part of options and paths.
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 if not console.is_terminal:
     console.width = PLAIN_WIDTH
 
@@ -47,12 +48,12 @@ class Stage:
         if console.is_terminal:
             narrow = console.width < NARROW
             self._bar = Progress(
-                TextColumn("{task.description:<14}"),
+                TextColumn("{task.description:<14}", markup=False),
                 BarColumn(bar_width=10 if narrow else 24),
                 MofNCompleteColumn(),
                 *([] if narrow else [TimeElapsedColumn()]),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 console=console,
             )
             self._task = self._bar.add_task(name, total=total, completed=done, text="")

@@ -1,4 +1,4 @@
-"""One command at a time in a run folder."""
+"""One command at a time in a run folder; and how a run makes room for a fresh one."""
 
 from __future__ import annotations
 
@@ -61,3 +61,29 @@ class Lock:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def check_movable(folder: Path) -> bool:
+    """Whether something is there. Raises UserError unless it is a run."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if not (folder / "spec.yaml").exists():
+        raise UserError(
+            f"{folder}: not a run folder (no spec.yaml in it), so it is not moved;"
+            " name another with --out DIR"
+        )
+    return True
+
+
+def move_aside(folder: Path) -> None:
+    """A run that is there becomes FOLDER.1, FOLDER.2, … Raises UserError as `check_movable`
+    does, and where another command is at work in it."""
+    folder = folder.resolve()
+    if not check_movable(folder):
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    with Lock(folder):
+        folder.rename(aside)
+    print(f"the old run is now in {aside}", file=sys.stderr)

@@ -7,6 +7,7 @@ does not inherit the `args` of the old one. The options themselves are in `schem
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ __all__ = [
     "TicketSpec",
     "TrackingSpec",
     "load_experiments",
+    "override",
     "read_resolved",
     "resolve",
     "spec_hash",
@@ -257,6 +259,15 @@ def _overrides(texts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             nested = {part: nested}
         values = _merge(values, nested)
     return values, lines
+
+
+def override(key: str, text: str) -> str:
+    """`KEY=VALUE` that sets `key` to this text, whatever else YAML would read in it."""
+    try:
+        plain = _parse(text, key) == text
+    except SpecError:
+        plain = False
+    return f"{key}={text if plain else json.dumps(text, ensure_ascii=False)}"
 
 
 def _holds(values: Any, loc: Loc) -> bool:

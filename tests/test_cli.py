@@ -39,8 +39,9 @@ def runs(monkeypatch, tmp_path):
     calls = []
 
     class Run:
-        def __init__(self, name, experiment, folder, words):
+        def __init__(self, name, experiment, folder, words, fresh):
             self.name, self.experiment, self.folder = name, experiment, folder
+            self.fresh = fresh
 
         def __getattr__(self, verb):
             return lambda **_: calls.append((self.name, self.folder, verb, self.experiment))
@@ -170,6 +171,11 @@ class TestVerbs:
         assert code(verb, "quickstart", "--file", FILE, "--searcher", "randon") == 2
         assert 'did you mean "random"?' in capsys.readouterr().err
 
+    @pytest.mark.parametrize("policy", ["2026-11-26", "1", "a: b", "[x]", "runs/zoo", "null"])
+    def test_transfer_takes_a_folder_of_any_name(self, policy, runs):
+        assert code("transfer", "quickstart", "--file", FILE, "--policy", policy) == 0
+        assert runs[0][3].search.policy == policy
+
     def test_sensitivity(self, runs, capsys):
         command = ("search", "quickstart", "--file", FILE, "--set", "search.episodes=9")
         assert code(*command, "--sensitivity", "refitted") == 0
@@ -185,19 +191,6 @@ class TestVerbs:
         assert code("run", "quickstart", "--file", FILE, "--out", "file/b") == 2
         assert "is a file" in capsys.readouterr().err
         assert len(runs) == 1
-
-    @pytest.mark.parametrize("verb", ["run", "search"])
-    def test_fresh_moves_the_old_run_aside(self, verb, runs, tmp_path):
-        command = (verb, "quickstart", "--file", FILE, "--out", "r", "--fresh")
-        for text in ("old", "newer"):
-            (tmp_path / "r").mkdir()
-            (tmp_path / "r" / "spec.yaml").write_text(text)
-            assert code(*command) == 0
-            assert not (tmp_path / "r").exists()
-        assert (tmp_path / "r.1" / "spec.yaml").read_text() == "old"
-        assert (tmp_path / "r.2" / "spec.yaml").read_text() == "newer"
-        assert code(*command) == 0
-        assert len(runs) == 3
 
     def test_fresh_leaves_alone_what_is_no_run_and_what_a_bad_spec_names(self, runs, tmp_path):
         (tmp_path / "r").mkdir()

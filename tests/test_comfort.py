@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -81,6 +83,28 @@ def test_search_as_json_in_a_folder_with_spaces_and_umlauts(rlcompress):
     )
     assert [ticket["experiment"] for ticket in json.loads(listed.out)] == ["tiny"]
     assert rlcompress("report", *words).out.strip() == str(folder / "report" / "index.html")
+
+
+def test_brackets_and_colons_are_printed_as_they_are(rlcompress, searched):
+    """Of options and paths in the commands that are named."""
+    shutil.copytree(searched, "runs/[red]tiny")
+    words = ("--set", "search.baselines=[uniform]", "--set", "description='see [/docs] :art:'")
+    told = rlcompress("search", "tiny", *words, "--out", "runs/[red]tiny")
+    assert told.code == 0, told.err
+    assert "--set 'search.baselines=[uniform]'" in told.out
+    assert "see [/docs] :art:" in told.out
+    assert "archive  runs/[red]tiny/search/archive.jsonl" in told.out
+
+
+def test_a_bar_shows_brackets_as_they_are(monkeypatch):
+    from rlcompress import live
+
+    shown = live.Console(force_terminal=True, width=120, markup=False, file=io.StringIO())
+    monkeypatch.setattr(live, "console", shown)
+    with live.stage("search [/x]", 2) as stage:
+        stage.update(1, "lr [red]=[0.1]")
+    assert "search [/x]" in shown.file.getvalue()
+    assert "lr [red]=[0.1]" in shown.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -234,6 +258,26 @@ def test_interrupted_while_a_ticket_trains(tmp_path):
     )
     assert (code, "Traceback" in err) == (130, False)
     assert "the dense network, 4 measured schedules, 1 arm in training; to go on:" in err
+
+
+def test_what_train_policy_and_dynamic_have_kept(tmp_path):
+    from rlcompress.cli import interrupt
+
+    for name in ("a", "b"):
+        (tmp_path / "zoo" / name / "samples").mkdir(parents=True)
+        (tmp_path / "zoo" / name / "dense").mkdir()
+        (tmp_path / "zoo" / name / "dense" / "metrics.json").write_text("{}")
+        (tmp_path / "zoo" / name / "samples" / "archive.jsonl").write_text("1\n2\n")
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "episodes.jsonl").write_text("1\n")
+    (tmp_path / "dynamic").mkdir()
+    (tmp_path / "dynamic" / "archive.jsonl").write_text("1\n")
+    assert interrupt.kept(tmp_path) == [
+        "2 dense networks of the zoo",
+        "4 measured schedules of the zoo",
+        "1 episode over the zoo",
+        "1 training run of the policy",
+    ]
 
 
 def test_interrupted_in_dynamic(tmp_path):

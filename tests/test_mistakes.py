@@ -20,6 +20,14 @@ COMMANDS = {
     "a folder as file": (["ls", "--file", "."], "cannot be read"),
     "check without a name": (["check"], "check wants an EXPERIMENT or --model"),
     "check of both": (["check", "tiny", "--model", "vgg19"], "one of the two"),
+    "check of a model, with options": (
+        ["check", "--model", "vgg19", "--set", "seed=1", "--file", "experiments.yaml"],
+        "check: --file, --set: only with an EXPERIMENT",
+    ),
+    "check of a name, with a shape": (
+        ["check", "tiny", "--input", "3,32,32", "--classes", "5"],
+        "check: --input, --classes: only with --model",
+    ),
     "factory without a colon": (["check", "--model", "vgg18"], 'did you mean "vgg19"?'),
     "factory nowhere": (["check", "--model", "nosuch.mod:net"], "cannot import nosuch.mod"),
     "factory misspelt": (["check", "--model", "tests.toy:toy_netwrk"], "toy_network"),
@@ -93,9 +101,13 @@ OPTIONS = {
     "smoothing of one": ("dense.label_smoothing=1.0", "less than 1"),
     "rewind behind the end": ("dense.rewind_epoch=2", "below dense.epochs (2)"),
     "floor beyond accuracy": ("ticket.floor=101", "less than or equal to 100"),
+    "warmup too short": ("dynamic.warmup=10", "less than half of dynamic.warmup = 10"),
     "watch too long": ("dynamic.watch=20", "less than half of dynamic.warmup = 21"),
     "space of nothing": ("tune.space={ppo.lr: {}}", "exactly one of"),
     "space of no option": ("tune.space={ppo.rl: {choice: [1]}}", 'did you mean "ppo.lr"?'),
+    "space of a date": ("tune.space={ppo.lr: {grid: [2020-01-01]}}", "grid.0 = "),
+    "argument of a date": ("model.args.a=[1, {b: 2020-01-01}]", "model.args.a = "),
+    "more threads than any machine": ("threads=3000000000", "less than or equal to 4096"),
     "not YAML": ("search.target=[4", "line 1"),
 }
 

@@ -206,6 +206,13 @@ def test_a_report_of_a_run_at_work_leaves_the_copy_to_it(rlcompress, searched):
     assert not Path("kept/tiny/lock").exists()
 
 
+def test_a_report_while_another_command_trains(rlcompress, searched):
+    shutil.copytree(searched, "runs/tiny")
+    Path("runs/tiny/dense/metrics.json").unlink()
+    told = rlcompress("report", "tiny")
+    assert_told(told, "dense/metrics.json is missing; ")
+
+
 # --- disks ---------------------------------------------------------------------------------------
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from rlcompress.cli.compress import _name
 from rlcompress.core.files import read_archive
 from rlcompress.rl.transfer import SIZES
+from rlcompress.schema import NAME
 from tests.shell import rlcompress
 
 DATA = {"factory": "digits", "args": {"size": 16}}
@@ -79,6 +82,16 @@ def test_a_policy_says_where_it_comes_from_and_is_not_trained_again(trained):
     done = rlcompress(trained, "train-policy", "tiny")
     assert done.returncode == 0
     assert {path.name: path.stat().st_mtime_ns for path in policy.iterdir()} == before
+
+
+def test_a_policy_that_was_set_aside_comes_back(folder):
+    policy = folder / "runs" / "tiny" / "policy"
+    before = {path.name: path.stat().st_ino for path in policy.iterdir()}
+    for option, kept in (("ppo.kl_weight=2.0", False), ("ppo.kl_weight=1.0", True)):
+        done = rlcompress(folder, "train-policy", "tiny", "--set", option)
+        assert done.returncode == 0, done.stdout + done.stderr
+        now = {path.name: path.stat().st_ino for path in policy.iterdir()}
+        assert (now == before) is kept
 
 
 def test_an_empty_zoo_is_one_line(trained):
@@ -197,6 +210,11 @@ def test_compress_is_the_whole_job_and_other_verbs_go_on_from_it(tmp_path):
     assert ticket["searcher"] == "transfer"
     again = ("report", run.name, "--file", str(run / "experiments.yaml"), "--out", str(run))
     assert rlcompress(tmp_path, *again).returncode == 0
+
+
+@pytest.mark.parametrize("model", ["_nets:build", "a.b._c:d", "nétz:build", "-"])
+def test_compress_makes_a_name_that_an_experiments_file_may_have(model):
+    assert re.fullmatch(NAME, _name(model, "digits", "5x"))
 
 
 def test_compress_tells_all_mistakes_at_once_and_writes_nothing(tmp_path):

@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlcompress.core.files import read_json
+from rlcompress import spec, stages
+from rlcompress.core.errors import UserError
+from rlcompress.core.files import read_json, save_json
 from rlcompress.core.tensors import save_tensors
+from rlcompress.lock import Lock
+from rlcompress.stages import Workspace
+from rlcompress.stages.zoo import members
 from tests.mistakes import assert_told, contents
 from tests.toy import toy_network
 
@@ -21,6 +26,10 @@ MISTAKES = {
     "no model": ("model={factory: 'tests.toy:toy_netwrok', args: {}}", "toy_network"),
     "out of reach": ("search.target=[4, 1000]", "is possible"),
     "no searcher": ("search.searcher=mistaken:search", "cannot import mistaken"),
+    "no policy": (
+        "search={searcher: untrained, policy: nowhere}",
+        "search.policy = nowhere: no policy.json",
+    ),
     "no clip rule": ("search.clip=mistaken:clip", "cannot import mistaken"),
 }
 
@@ -29,14 +38,103 @@ MISTAKES = {
 def test_a_mistake_moves_nothing(rlcompress, searched, option, says):
     shutil.copytree(searched, "runs/tiny")
     before = contents(Path("runs"))
-    assert_told(rlcompress("search", "tiny", "--set", option), says)
+    for fresh in ((), ("--fresh",)):
+        assert_told(rlcompress("search", "tiny", "--set", option, *fresh), says)
+        assert contents(Path("runs")) == before
+
+
+@pytest.mark.parametrize(("option", "says"), MISTAKES.values(), ids=MISTAKES)
+def test_check_tells_it_too(rlcompress, option, says):
+    assert_told(rlcompress("check", "tiny", "--set", option), says)
+    assert not Path("runs").exists()
+
+
+def test_check_judges_by_the_dense_network_of_its_options(rlcompress, searched):
+    """Another one that lies there says nothing of them; loaded weights are trained."""
+    shutil.copytree(searched, "runs/tiny")
+    before = contents(Path("runs"))
+    untrained = "of the untrained network: only its time means anything"
+    model = "model={factory: cnn, args: {width: 0.2}}"
+    for option, trained in (("seed=0", True), ("dense.lr=0.05", False), (model, False),
+                            (weights("w.safetensors", 0), True)):  # fmt: skip
+        told = rlcompress("check", "tiny", "--set", option)
+        assert told.code == 0, told.err
+        assert (untrained not in told.out) is trained
+        assert ("dense 0 s" in told.out) is trained
     assert contents(Path("runs")) == before
+
+
+@pytest.mark.parametrize("verb", ["run", "search"])
+def test_fresh_moves_the_old_run_aside(rlcompress, searched, monkeypatch, verb):
+    """Once the new one can begin: its dense network is trained from the start."""
+    shutil.copytree(searched, "runs/tiny")
+    before = contents(Path("runs/tiny"))
+
+    def stop(run: Workspace) -> None:
+        assert not (run.folder / "dense").exists()
+        raise UserError("stop")
+
+    monkeypatch.setattr(stages, "train_dense", stop)
+    for count in (1, 2, 3):
+        told = rlcompress(verb, "tiny", "--fresh")
+        assert_told(told, f"the old run is now in {Path(f'runs/tiny.{count}').resolve()}", lines=2)
+    assert contents(Path("runs/tiny.1")) == before
+    assert {path.name for path in Path("runs").iterdir()} == {
+        "tiny",
+        *(f"tiny.{n}" for n in (1, 2, 3)),
+    }
+    assert {path.name for path in Path("runs/tiny").iterdir()} == {"lock", "log.txt", "spec.yaml"}
 
 
 @pytest.mark.parametrize(("option", "says"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_makes_nothing(rlcompress, option, says):
     assert_told(rlcompress("search", "tiny", "--set", option), says)
     assert not Path("runs").exists()
+
+
+DYNAMIC = {
+    "out of reach": ("dynamic.target=5000", "target = 5000: from 1 to "),
+    "no policy": ("search.policy=nowhere", "search.policy = nowhere: no policy.json"),
+    "no model": MISTAKES["no model"],
+}
+
+
+@pytest.mark.parametrize(("option", "says"), DYNAMIC.values(), ids=DYNAMIC)
+def test_a_mistake_of_dynamic_makes_and_moves_nothing(rlcompress, searched, option, says):
+    assert_told(rlcompress("dynamic", "tiny", "--set", option), says)
+    assert not Path("runs").exists()
+    shutil.copytree(searched, "runs/tiny")
+    Path("runs/tiny/dynamic").mkdir()
+    save_json(Path("runs/tiny/dynamic/ticket.json"), {"inputs": "other"})
+    before = contents(Path("runs"))
+    assert_told(rlcompress("dynamic", "tiny", "--set", option), says)
+    assert contents(Path("runs")) == before
+
+
+ZOO = """{
+    one: {model: {factory: 'tests.toy:toy_netwrok'}, data: {factory: digits}},
+    two: {model: {factory: cnn}, data: {factory: 'gone:data'}},
+    three: {model: {factory: cnn, args: {width: 0.2}}, data: {factory: digits}}}"""
+
+
+def test_mistakes_of_a_zoo_are_told_at_once(rlcompress):
+    words = ("--set", f"zoo.networks={ZOO}", "--set", "search.target=[4, 9000]")
+    told = rlcompress("train-policy", "tiny", *words)
+    for says in (
+        "search.target = [4.0, 9000.0]: at most",
+        'zoo.networks.one: factory "tests.toy:toy_netwrok"',
+        'zoo.networks.two: factory "gone:data"',
+    ):
+        assert_told(told, says, lines=3)
+    assert not Path("runs").exists()
+
+
+def test_loaded_weights_are_those_of_the_experiments_own_network(rlcompress):
+    file = spec.load_experiments("experiments.yaml")
+    options = [f"zoo.networks={ZOO}", weights("w.safetensors", 0)]
+    run = Workspace("tiny", spec.resolve(file, "tiny", options), Path("runs/tiny"))
+    assert [member.experiment.dense.weights for member in members(run).values()] == [None] * 3
+    assert run.experiment.dense.weights == "w.safetensors"
 
 
 def test_mistakes_of_all_kinds_are_told_at_once(rlcompress):
@@ -76,6 +174,21 @@ def test_other_weights_under_the_same_name_are_another_network(rlcompress):
     again = rlcompress("search", "tiny", "--set", option)
     assert again.code == 0, again.err
     assert "made from other options" not in again.out + again.err
+
+
+def test_a_searcher_without_a_schedule_says_so(rlcompress, searched):
+    """The main one ends the command, again and again; a baseline is passed over with a line."""
+    shutil.copytree(searched, "runs/tiny")
+    narrow = ("--set", "search.target=[4.0001, 4.0002]")
+    says = "uniform has no schedule within search.target = [4.0001, 4.0002]; widen it"
+    for _ in range(2):
+        assert_told(rlcompress("search", "tiny", *narrow), says)
+    told = rlcompress(
+        "search", "tiny", *narrow, "--searcher", "random", "--set", "search.baselines=[uniform]"
+    )
+    assert told.code == 0, told.err
+    assert says in told.out
+    assert not Path("runs/tiny/search/uniform.done").exists()
 
 
 def state(**changes: object) -> dict[str, object]:
@@ -204,6 +317,18 @@ def test_compress_writes_what_it_was_asked(rlcompress):
     command = shlex.join(["rlcompress", "run", run.name, *name])
     assert f"Made by `{command}`" in path.with_name("card.md").read_text()
     assert f"<pre>{command}</pre>" in (run / "report" / "index.html").read_text()
+
+
+def test_compress_leaves_the_file_of_a_run_at_work_alone(rlcompress):
+    weights("w.safetensors", 0)
+    words = ("--model", "tests.toy:toy_network", "--data", "digits", "--set", "data.args.size=16")
+    with Lock(Path("run")):
+        Path("run/experiments.yaml").write_text("theirs")
+        told = rlcompress(
+            "compress", *words, "--target", "5x", "--weights", "w.safetensors", "--out", "run"
+        )
+        assert_told(told, "run: in use by")
+        assert Path("run/experiments.yaml").read_text() == "theirs"
 
 
 def test_compress_tells_mistakes_of_all_kinds_at_once(rlcompress):

@@ -98,7 +98,18 @@ def test_nothing_is_lost_where_setting_aside_is_cut_off(tiny, monkeypatch, cut_o
     now, *old = measured(run.folder, "untrained")
     assert [json.loads(line)["evaluation"] for line in now] == [1, 2, 3]
     assert old[0] == before
-    assert read_json(run.folder / "search" / "untrained.done") == 3
+    assert read_json(run.folder / "search" / "untrained.done")["evaluations"] == 3
+
+
+def test_a_search_is_done_for_its_own_options_alone(tiny):
+    """A copy at `storage` that was cut off may hold another search's files."""
+    run = tiny("search.bits=[2, 4]")
+    done = (run.folder / "search" / "uniform.done").read_bytes()
+    run.claim(run.folder / "search", run.search_inputs())
+    for old in (done, b"4"):  # as older versions wrote it
+        (run.folder / "search" / "uniform.done").write_bytes(old)
+        assert len(search_all(run)) == 4
+        (run.folder / "search" / "archive.jsonl").unlink()
 
 
 @pytest.mark.parametrize(
@@ -161,3 +172,49 @@ def test_a_dense_network_comes_back_behind_one_that_was_cut_off(tiny, monkeypatc
         assert seen == [2, 3]
         train_dense(tiny())
         assert contents(dense) == before
+
+
+def test_a_ticket_begins_at_the_dense_network_that_was_searched(tiny, rlcompress, monkeypatch):
+    """`dynamic` and `tune` with other options leave another one, or a part of it, beside the
+    search."""
+    dense, words = Path("runs/tiny/dense"), ("ticket.epochs=1", "ticket.fit_images=64")
+    sets = [word for option in (*words, "export.latency=[]") for word in ("--set", option)]
+    before = contents(dense)
+
+    def interrupt(shown: Stage, done: int, text: str) -> None:
+        raise InterruptedRunError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "update", interrupt)
+        with pytest.raises(InterruptedRunError):
+            train_dense(tiny("dense.lr=0.002"))
+    assert contents(dense) != before
+    for verb in ("ticket", "export"):
+        told = rlcompress(verb, "tiny", *sets)
+        assert told.code == 0, told.err
+        after = contents(dense)
+        assert {name: after[name] for name in before} == before
+        train_dense(tiny("dense.lr=0.002"))
+        assert contents(dense)["trained.safetensors"] != before["trained.safetensors"]
+
+
+@pytest.mark.parametrize(("verb", "made"), [("ticket", "tickets"), ("dynamic", "dynamic")])
+def test_what_is_done_comes_back_and_is_not_made_again(tiny, rlcompress, verb, made):
+    folder, other = Path("runs/tiny") / made, f"{verb}.lr=0.03"
+    words = (verb, "tiny", "--set", "ticket.epochs=1", "--set", "ticket.fit_images=64")
+
+    def files() -> dict[str, int]:
+        return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+    told = rlcompress(*words)
+    assert told.code == 0
+    assert "report   " not in told.out  # none is there yet
+    first = files()
+    assert rlcompress(*words, "--set", other).code == 0
+    second = files()
+    assert first.keys() == second.keys()
+    assert set(first.values()).isdisjoint(second.values())
+    told = rlcompress(*words)
+    assert told.code == 0
+    assert files() == first
+    assert "was made from these options" in told.out

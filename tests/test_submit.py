@@ -158,6 +158,28 @@ experiments:
         assert sorted(p.name for p in kept.rglob("*") if p.is_file()) == ["x.json", "z"]
         assert (kept / "z").read_text() == "again"
 
+    def test_what_went_goes_also_where_another_command_put_it(self, tmp_path):
+        """But not what the folder never had, nor another place's."""
+        run, kept = tmp_path / "run", tmp_path / "kept" / "name"
+        run.mkdir()
+        for name in ("spec.yaml", "search.done"):
+            (run / name).write_text(name)
+        Storage(str(tmp_path / "other"), "name").save(run)
+        Storage(str(tmp_path / "kept"), "name").save(run)
+        (kept / "foreign").write_text("another's")
+        (run / "search.done").unlink()
+        storage = Storage(str(tmp_path / "kept"), "name")
+        storage.load(run)
+        storage.save(run)
+        assert sorted(p.name for p in kept.iterdir()) == ["foreign", "spec.yaml"]
+        assert (tmp_path / "other" / "name" / "search.done").exists()
+        # The same on a machine that has taken it from there.
+        there = Storage(str(tmp_path / "kept"), "name")
+        there.load(tmp_path / "second")
+        (tmp_path / "second" / "foreign").unlink()
+        Storage(str(tmp_path / "kept"), "name").save(tmp_path / "second")
+        assert [p.name for p in kept.iterdir()] == ["spec.yaml"]
+
     def test_what_is_at_work_is_not_copied(self, tmp_path):
         """Its lock and its unfinished files; and a file that is there in one moment and gone in the
         next keeps nobody from saving."""

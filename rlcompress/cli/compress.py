@@ -27,9 +27,10 @@ def _ratio(text: str) -> float:
 
 
 def _name(model: str, data: str, target: str) -> str:
-    """Of the experiment and its folder: what differs in one of these is another run."""
+    """Of the experiment and its folder: what differs in one of these is another run. An experiments
+    file may have it."""
     words = [text.replace(":", "-").rpartition(".")[2] for text in (model, data)]
-    return re.sub(r"[^\w-]", "_", "-".join([*words, target]))
+    return re.sub(r"[^A-Za-z0-9_-]", "_", "-".join([*words, target])).lstrip("_-")
 
 
 @app.command()
@@ -105,6 +106,4 @@ def compress(
         problems.none_in(lambda: require_possible(run.workspace))
     problems.tell()
     interrupt.folder = folder
-    folder.mkdir(parents=True, exist_ok=True)
-    spec.write_single(path, name, experiment.model_dump(mode="json", exclude_unset=True))
-    run.run()
+    run.run(write=path)

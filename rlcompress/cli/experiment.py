@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     from rlcompress.stages import Run
 
 
+#: Of `check`: options that go with an experiment, and with --model.
+_WITH_NAME = {"file": "--file", "sets": "--set", "out": "--out"}
+_WITH_MODEL = {"shape": "--input", "classes": "--classes"}
+
+
 @app.command()
 def check(
+    ctx: typer.Context,
     name: Annotated[
         str | None,
         typer.Argument(
@@ -55,6 +61,13 @@ def check(
     """
     if (name is None) == (model is None):
         raise UserError("check wants an EXPERIMENT or --model PKG.MOD:FACTORY, one of the two")
+    ignored = _WITH_MODEL if model is None else _WITH_NAME
+    sources = {flag: ctx.get_parameter_source(key) for key, flag in ignored.items()}
+    if given := [
+        flag for flag, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]:
+        kind = "--model, a network alone" if model is None else "an EXPERIMENT"
+        raise UserError(f"check: {', '.join(given)}: only with {kind}")
     if model is None:
         assert name is not None
         return open_run(name, file, sets, out).check(as_json=as_json)
@@ -189,8 +202,9 @@ def transfer(
     rlcompress transfer resnet18-fashion --policy runs/zoo --evaluations 50
     rlcompress transfer quickstart --policy NAME@champion --set tracking.uri=http://SERVER:5000
     """
-    given = {"searcher": "transfer", "policy": policy, "episodes": str(evaluations)}
-    # Behind them what --set says, which wins.
-    shorts = [f"search.{key}={value}" for key, value in given.items()]
-    overrides = [*shorts, "search.baselines=[]", *(sets or ())]
+    from rlcompress import spec
+
+    given = ["search.searcher=transfer", spec.override("search.policy", policy)]
+    given += [f"search.episodes={evaluations}", "search.baselines=[]"]
+    overrides = [*given, *(sets or ())]  # what --set says wins
     open_run(name, file, overrides, out, begins=True).transfer()

@@ -26,8 +26,9 @@ _SAID = {signal.SIGINT: "Interrupted.", signal.SIGTERM: "Stopped by SIGTERM."}
 folder: Path | None = None
 
 
-def _count(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def _count(run: Path, pattern: str) -> int:
+    """Lines of all files there."""
+    return sum(path.read_bytes().count(b"\n") for path in run.glob(pattern))
 
 
 def kept(run: Path) -> list[str]:
@@ -38,8 +39,12 @@ def kept(run: Path) -> list[str]:
     elif (run / "dense" / "checkpoint.safetensors").exists():
         found.append("the epochs of the dense network so far")
     counts = [
-        (_count(run / "search" / "archive.jsonl"), "measured schedule", ""),
-        (_count(run / "tune" / "archive.jsonl"), "schedule", " of trials"),
+        (_count(run, "search/archive.jsonl"), "measured schedule", ""),
+        (_count(run, "tune/archive.jsonl"), "schedule", " of trials"),
+        (len(list(run.glob("zoo/*/dense/metrics.json"))), "dense network", " of the zoo"),
+        (_count(run, "zoo/*/samples/archive.jsonl"), "measured schedule", " of the zoo"),
+        (_count(run, "policy/episodes.jsonl"), "episode", " over the zoo"),
+        (_count(run, "dynamic/archive.jsonl"), "training run", " of the policy"),
         (len(list(run.glob("tickets/*/ticket.json"))), "ticket", ""),
         (len(list(run.glob("tickets/*/*.checkpoint"))), "arm", " in training"),
     ]

@@ -18,7 +18,7 @@ import typer
 
 from rlcompress.cli import complete, interrupt
 from rlcompress.core.errors import UserError
-from rlcompress.lock import Lock
+from rlcompress.lock import check_movable, move_aside  # noqa: F401 (`submit` moves too)
 
 if TYPE_CHECKING:
     from rlcompress.stages import Run
@@ -80,7 +80,8 @@ def open_run(
     from rlcompress import spec
 
     given = {short: value for short, value in (shorts or {}).items() if value}
-    overrides = [*(sets or ()), *(f"search.{short}={value}" for short, value in given.items())]
+    short = [spec.override(f"search.{key}", value) for key, value in given.items()]
+    overrides = [*(sets or ()), *short]
     experiment = spec.resolve(spec.load_experiments(file), name, overrides)
     words = [] if file == FILE else ["--file", str(file)]
     # A short option as --set: every verb takes that.
@@ -94,7 +95,7 @@ def open_run(
             "another place with --set storage=PLACE"
         )
     if fresh:
-        move_aside(folder)
+        check_movable(folder)
     if begins:
         line = f"{name} in {folder}; the libraries' messages go to {folder / 'log.txt'}"
         typer.echo(line, err=as_json)
@@ -102,7 +103,7 @@ def open_run(
 
     from rlcompress import stages
 
-    return stages.Run(name, experiment, folder, words)
+    return stages.Run(name, experiment, folder, words, fresh)
 
 
 def check_folder(folder: Path) -> None:
@@ -112,30 +113,6 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder}: {there} is a file; name another folder with --out DIR")
     if not os.access(there, os.W_OK):
         raise UserError(f"{folder}: {there} cannot be written; name another with --out DIR")
-
-
-def check_movable(folder: Path) -> bool:
-    """Whether something is there. Raises UserError unless it is a run."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
-    if not (folder / "spec.yaml").exists():
-        raise UserError(
-            f"{folder}: not a run folder (no spec.yaml in it), so it is not moved;"
-            " name another with --out DIR"
-        )
-    return True
-
-
-def move_aside(folder: Path) -> None:
-    folder = folder.resolve()
-    if not check_movable(folder):
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    with Lock(folder):
-        folder.rename(aside)
-    typer.echo(f"the old run is now in {aside}", err=True)
 
 
 def experiment_verb(

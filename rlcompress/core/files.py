@@ -16,8 +16,9 @@ from rlcompress.core.schedule import Record
 
 
 def save_bytes(path: Path, content: bytes) -> None:
-    """By temporary file, flush and rename: a reader sees all or nothing."""
-    part = path.with_name(path.name + ".part")
+    """By temporary file, flush and rename: a reader sees all or nothing, and of two processes that
+    save it at a time the later one's."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with _named(path), open(part, "wb") as file:
             file.write(content)

@@ -83,7 +83,7 @@ class Experiment(Section):
         "auto", description="auto, cpu, cuda, cuda:<index> or mps"
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of PyTorch; null = half the cores"
+        None, ge=1, le=4096, description="CPU threads of PyTorch; null = half the cores"
     )
     storage: str | None = Field(
         None,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
 from rlcompress.core.errors import did_you_mean
@@ -24,15 +25,33 @@ def show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _under(kind: Any, part: int | str) -> Any:
+    """The type of what `part` names in a `kind`; None where that holds no parts of its own."""
+    fields = getattr(kind, "model_fields", {})
+    if part in fields:
+        return fields[part].annotation
+    inner = [each for each in get_args(kind) if each not in (..., NoneType)]
+    if get_origin(kind) in (dict, tuple):
+        return inner[-1]
+    optional = get_origin(kind) is UnionType and len(inner) == 1
+    return _under(inner[0], part) if optional else None
+
+
+def _depth(model: type[BaseModel], loc: Loc) -> int:
+    """How many parts of `loc` name options, keys or places in a list: those above a JSON value."""
+    kind: Any = model
+    for depth, part in enumerate(loc):
+        kind = _under(kind, part)
+        if kind is None or kind is JsonValue:
+            return depth + 1
+    return len(loc)
+
+
 def _keys(model: type[BaseModel], loc: Loc) -> list[str]:
     """Names of the options at `loc`; none where it holds no options."""
     kind: Any = model
     for part in loc:
-        if get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-            continue
-        fields = getattr(kind, "model_fields", {})
-        kind = fields[part].annotation if part in fields else None
+        kind = _under(kind, part)
     return list(getattr(kind, "model_fields", ()))
 
 
@@ -97,7 +116,7 @@ def problems(
         if detail["type"] == "too_short" and any(other[: len(loc)] == loc for other in inside):
             continue
         if detail["type"] == "invalid-json-value":
-            loc = loc[: loc.index("args") + 2]  # beyond it pydantic adds words of its own
+            loc = loc[: _depth(model, loc)]  # beyond it pydantic adds words of its own
         path = ".".join(str(part) for part in loc)
         value = "" if detail["type"] == "missing" else f" = {show(detail['input'])}"
         key = f"{path}{value}: " if path else ""

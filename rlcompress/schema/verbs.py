@@ -122,7 +122,9 @@ class DynamicSpec(Section):
 
     target: float = Field(20.0, gt=1, description="dense bytes / artifact bytes to reach")
     warmup: int = Field(101, ge=1, description="minibatches before the first decision")
-    watch: int = Field(30, ge=2, description="of them, those that a pass is prepared on")
+    watch: int = Field(
+        30, ge=2, validate_default=True, description="of them, those that a pass is prepared on"
+    )
     recovery_steps: int = Field(10, ge=1, description="minibatches behind each decision")
     rounds: int = Field(2, ge=1, description="passes over the layers")
     final_steps: int = Field(400, ge=0, description="minibatches behind the last decision")

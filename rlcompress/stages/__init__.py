@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from rlcompress.stages.deliver import (
     tracker_of,
 )
 from rlcompress.stages.dense import train_dense
+from rlcompress.stages.policies import find_policy
 from rlcompress.stages.preflight import require_possible
 from rlcompress.stages.search import outcome_lines, print_front, search_all, searched
 from rlcompress.stages.ticket import make_tickets
@@ -84,11 +86,21 @@ def _working(run: Workspace, lock: Lock | None) -> Iterator[None]:
                     jobs = importlib.import_module("rlcompress.rl.jobs")
                     jobs.publish(run.folder, run.experiment.ppo)
                 yield
-        finally:
-            if lock is not None:
-                run.keep()
-            elif run.storage is not None:
-                _keep_if_idle(run)
+        except BaseException:
+            # What ended the command is what it ends with: of the copy a line is enough.
+            try:
+                _keep(run, lock)
+            except (UserError, OSError) as error:
+                print(error, file=sys.stderr)
+            raise
+        _keep(run, lock)
+
+
+def _keep(run: Workspace, lock: Lock | None) -> None:
+    if lock is not None:
+        run.keep()
+    elif run.storage is not None:
+        _keep_if_idle(run)
 
 
 def _keep_if_idle(run: Workspace) -> None:
@@ -105,10 +117,16 @@ class Run:
     """An experiment's verbs, each of which the command line calls by its name."""
 
     def __init__(
-        self, name: str, experiment: Experiment, folder: Path, words: Sequence[str] = ()
+        self,
+        name: str,
+        experiment: Experiment,
+        folder: Path,
+        words: Sequence[str] = (),
+        fresh: bool = False,
     ) -> None:
-        """`words`: the options of the command line, for the commands that are printed."""
-        self.workspace = Workspace(name, experiment, folder, words)
+        """`words`: the options of the command line, for the commands that are printed. `fresh`: the
+        run that is there moves aside once this one can begin."""
+        self.workspace = Workspace(name, experiment, folder, words, fresh)
 
     def check(self, *, as_json: bool = False) -> None:
         """Prints what would run, and how long it would take; writes nothing."""
@@ -131,8 +149,10 @@ class Run:
 
     def ticket(self) -> None:
         w = self.workspace
+        w.fetch()
         w.require_search()
         with _working(w, w.begin()):
+            train_dense(w)  # another verb may have left one of other options
             for _ in make_tickets(w):
                 pass
         last_lines(w)
@@ -143,7 +163,7 @@ class Run:
         from rlcompress.stages import tune
 
         tune.require_space(w)
-        require_possible(w)
+        require_possible(w, plays=find_policy)
         with _working(w, w.begin()):
             train_dense(w)
             trials = tune.tune(w)
@@ -166,9 +186,10 @@ class Run:
         w = self.workspace
         from rlcompress.stages import zoo
 
-        zoo.members(w)
+        networks = zoo.members(w)
+        require_possible(w, plays=None, zoo=networks)
         with _working(w, w.begin()):
-            about = zoo.train_policy(w)
+            about = zoo.train_policy(w, networks)
             version = zoo.register(w, about)
         zoo.last_lines(w, about, version)
 
@@ -177,7 +198,7 @@ class Run:
         w = self.workspace
         from rlcompress.stages import dynamic
 
-        require_possible(w, searches=False)
+        require_possible(w, searches=False, plays=dynamic.begins_with)
         with _working(w, w.begin()):
             train_dense(w)
             ticket = dynamic.compress_in_training(w)
@@ -187,16 +208,19 @@ class Run:
 
     def export(self) -> None:
         w = self.workspace
+        w.fetch()
         tickets = w.tickets()
         if not tickets:
             raise UserError(f"{w.folder}: no ticket of these options yet; {w.next('ticket')}")
         with _working(w, Lock(w.folder)):
+            train_dense(w)
             for path in [path for ticket in tickets for path in export(w, ticket)]:
                 console.print(path)
             finish_tickets(w)
 
     def report(self) -> None:
         w = self.workspace
+        w.fetch()
         if not (w.folder / "search" / "archive.jsonl").exists():
             raise UserError(f"{w.folder}: nothing searched yet; {w.next('run')}")
         w.require_search()
@@ -204,15 +228,21 @@ class Run:
 
         # Without the lock: one may look at a run at work.
         with _working(w, None):
-            page = report(w)
+            try:
+                page = report(w)
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"{error}; if another command is at work on it, {w.next('report')} once that "
+                    "is done"
+                ) from error
         console.print(page)
 
-    def run(self) -> None:
+    def run(self, write: Path | None = None) -> None:
         """All stages, then the last lines: dense -> ticket. What cannot be exported to ONNX is
-        told at the end: it keeps nobody from the ticket."""
+        told at the end: it keeps nobody from the ticket. `write`: see `Workspace.begin`."""
         w, problems = self.workspace, list[UserError]()
         require_possible(w)
-        with _working(w, w.begin()):
+        with _working(w, w.begin(write)):
             _prepare(w)
             train_dense(w)
             w.keep()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from rlcompress.live import console, json_only, print_json
 from rlcompress.schema import CalibrationSpec, SearchSpec
 from rlcompress.searchers import uniform
 from rlcompress.stages.describe import notes, show_structure, structure_rows
+from rlcompress.stages.policies import policy_of
+from rlcompress.stages.preflight import dense_done, require_possible
+from rlcompress.stages.weights import load_weights
 from rlcompress.stages.workspace import Workspace, default_threads
 
 #: Images, of the calibration's usual 512, that a network without data is tried on.
@@ -42,9 +46,14 @@ def check(run: Workspace, *, as_json: bool = False) -> None:
 
 def _check(run: Workspace) -> dict[str, Any]:
     e = run.experiment
+    # An alias would be fetched, which writes.
+    require_possible(run, tracked=False, plays=None if "@" in e.search.policy else policy_of)
     console.print(yaml.safe_dump(e.model_dump(mode="json"), sort_keys=False, width=100).rstrip())
-    trained = (run.folder / "dense" / "metrics.json").exists()
-    model = run.network("trained") if trained else run.ref.build(e.seed)
+    done = dense_done(run)
+    trained = done or e.dense.weights is not None
+    model = run.network("trained") if done else run.ref.build(e.seed)
+    if e.dense.weights and not done:
+        load_weights(model, Path(e.dense.weights))
     show_structure(run.structure)
     begun = time.perf_counter()
     problem = run.bundle_of(model, run.estimate(model)).problem()

@@ -245,7 +245,8 @@ def last_lines(run: Workspace) -> None:
         )
     folder = run.folder / "tickets" / best["id"]
     console.print(f"ticket   {folder / 'weights.safetensors'}")
-    console.print(f"report   {run.folder / 'report' / 'index.html'}")
+    if (page := run.folder / "report" / "index.html").exists():
+        console.print(f"report   {page}")
     trust = f", trust=['{run.ref.factory}']" if ":" in run.ref.factory else ""
     console.print(
         'next     python -c "from rlcompress.core.artifact import load_artifact; '

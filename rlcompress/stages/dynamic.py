@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcompress.core.artifact import load_artifact
-from rlcompress.core.files import JsonLines, read_archive, read_json, save_json
+from rlcompress.core.files import JsonLines, read_archive, save_json
 from rlcompress.core.policy import Agent
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
@@ -50,15 +50,16 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     `dynamic/weights.safetensors` and `dynamic/ticket.json`, its content; found there, they are
     not made again."""
     folder, d = run.folder / "dynamic", run.experiment.dynamic
-    path, begin = folder / "ticket.json", _begin(run)
+    path, begin = folder / "ticket.json", begins_with(run)
     inputs = f"{run.dynamic_inputs()} {digest_of(begin)}"
-    if path.exists() and read_json(path)["inputs"] == inputs:
+    run.exchange(folder, inputs, path.name)
+    if path.exists():
         return judged_again(path, run.experiment.ticket.floor)
     training = training_of(run, agent_of(begin))
     trainer = Trainer(training)
     compressor = trainer.compressor
     compressor.require_reachable(d.target)
-    run.claim(folder, inputs)
+    run.claim(folder, inputs, path.name)
     policy = _trained(run, training, folder) if d.policy_episodes else begin
     compressor.use(policy)
     trainer.begin(d.target, run.experiment.seed)
@@ -124,11 +125,14 @@ def ticket_of(run: Workspace) -> dict[str, Any] | None:
     return found if ours else None
 
 
-def _begin(run: Workspace) -> Path | None:
+def begins_with(run: Workspace) -> Path | None:
     """The folder of the policy that the search of this run has trained, else of `search.policy`;
-    None for the prior."""
+    None for the prior. Raises UserError for one that this version cannot use."""
     found = run.folder / "search" / "policy"
-    return found if (found / "policy.json").exists() else find_policy(run)
+    if not (found / "policy.json").exists():
+        return find_policy(run)
+    agent_of(found)
+    return found
 
 
 def _trained(run: Workspace, training: Training, folder: Path) -> Path:

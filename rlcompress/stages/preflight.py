@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from torch import nn
 
 from rlcompress.core.artifact import require_kept
 from rlcompress.core.data import BUILT_IN as DATA
+from rlcompress.core.dynamic import DynamicCompressor
 from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.files import read_json
 from rlcompress.core.models import BUILT_IN as MODELS
 from rlcompress.core.models import find_factory
 from rlcompress.stages.policies import policy_of
 from rlcompress.stages.weights import load_weights
-from rlcompress.stages.workspace import Workspace
+from rlcompress.stages.workspace import MARKER, Workspace
 
 
 class Problems:
@@ -41,27 +44,40 @@ class Problems:
             raise UserError(*self.lines)
 
 
-def require_possible(run: Workspace, *, searches: bool = True, tracked: bool = True) -> None:
+def require_possible(
+    run: Workspace,
+    *,
+    searches: bool = True,
+    tracked: bool = True,
+    plays: Callable[[Workspace], object] | None = policy_of,
+    zoo: Mapping[str, Workspace] | None = None,
+) -> None:
     """Raises UserError with every mistake that shows before the first training: network, data,
     weights, target, searchers, clipping rule, policy; and OutsideError where the MLflow server that
-    is named does not answer. Writes nothing, and builds no network that was built before."""
+    is named does not answer. Writes nothing, and builds no network that was built before.
+
+    searches  whether schedules are searched; else the network is compressed during training
+    plays     finds the policy to begin with
+    zoo       networks that are trained besides
+    """
     e, problems = run.experiment, Problems()
     if searches:
         for name in {e.search.searcher, *e.search.baselines, e.search.clip}:
             if ":" in name:
                 problems.none_in(lambda name=name: find_factory(name, {}))  # type: ignore[misc]
-    if not _made(run, searches=searches):
-        known = [
-            problems.none_in(lambda: find_factory(e.data.factory, DATA)),
-            problems.none_in(lambda: find_factory(e.model.factory, MODELS)),
-        ]
-        if all(known) and problems.none_in(lambda: run.data):
-            _network(run, problems, searches=searches)
-    if "@" not in e.search.policy or not problems.lines:  # fetching one writes
-        problems.none_in(lambda: policy_of(run))
+    if not _made(run, searches=searches) and _built(run, problems):
+        _trainable(run, problems, searches=searches)
+    for name, member in (zoo or {}).items():
+        theirs = Problems()
+        if not dense_done(member) and _built(member, theirs):
+            _kept(member, theirs)
+        problems.lines += [f"zoo.networks.{name}: {line}" for line in theirs.lines]
+    if plays is not None and ("@" not in e.search.policy or not problems.lines):  # fetching writes
+        problems.none_in(lambda: plays(run))
     problems.tell()
     uri = e.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if tracked and uri and not (run.folder / "tracked.json").exists():
+    done = (run.folder / "tracked.json").exists() and not run.fresh
+    if tracked and uri and not done:
         from rlcompress.tracking import TrackingError, probe
 
         try:
@@ -70,32 +86,69 @@ def require_possible(run: Workspace, *, searches: bool = True, tracked: bool = T
             raise OutsideError(str(error)) from error
 
 
-def _network(run: Workspace, problems: Problems, *, searches: bool) -> None:
+def _built(run: Workspace, problems: Problems) -> bool:
+    """Whether there are data, and a factory of the network."""
+    e = run.experiment
+    known = [
+        problems.none_in(lambda: find_factory(e.data.factory, DATA)),
+        problems.none_in(lambda: find_factory(e.model.factory, MODELS)),
+    ]
+    return all(known) and problems.none_in(lambda: run.data)
+
+
+def _kept(run: Workspace, problems: Problems) -> nn.Module | None:
+    """The network, if a file can hold it."""
+    if not problems.none_in(lambda: run.structure):
+        return None
+    model = run.ref.build(run.experiment.seed + 1)  # of the control `fresh`; files are read with 0
+    problems.none_in(lambda: require_kept(model, run.structure, run.ref))
+    return model
+
+
+def _trainable(run: Workspace, problems: Problems, *, searches: bool) -> None:
     e = run.experiment
     if not run.data.labelled and not (searches and e.ticket.distill):
         what = "ticket.distill = false" if searches else "dynamic"
         problems.lines.append(f"{what}: needs labels, and the data have none")
-    if not problems.none_in(lambda: run.structure):
+    if (model := _kept(run, problems)) is None:
         return
-    if searches:
-        problems.none_in(run.require_reachable)
-    model = run.ref.build(e.seed + 1)  # of the control `fresh`; files are read with seed 0
-    problems.none_in(lambda: require_kept(model, run.structure, run.ref))
+    problems.none_in(run.require_reachable if searches else lambda: _require_dynamic(run))
     if (
         e.dense.weights
-        and not _loaded(run)
+        and not dense_done(run)
         and problems.none_in(lambda: load_weights(model, Path(e.dense.weights or "")))
     ):
         problems.none_in(lambda: require_kept(model, run.structure, run.ref))
 
 
+def _require_dynamic(run: Workspace) -> None:
+    """Raises UserError for a network that cannot be compressed while it trains, or not so far."""
+    e = run.experiment
+    DynamicCompressor(
+        run.ref.build(e.seed),
+        run.ref.example(),
+        policy=None,
+        target=e.dynamic.target,
+        keeps=e.search.keeps,
+        bits=e.search.bits,
+        clip=e.search.clip,
+        network=run.structure,
+    )
+
+
 def _made(run: Workspace, *, searches: bool) -> bool:
     """Whether the stages whose inputs are to be checked are there already."""
-    marker = run.folder / "search" / "inputs.json"
-    done = marker.exists() and read_json(marker)["inputs"] == run.search_inputs()
-    return _loaded(run) and (done or not searches)
+    name, inputs = "search", run.search_inputs()
+    if not searches:
+        name, inputs = "dynamic", run.dynamic_inputs()
+    marker = run.folder / name / MARKER
+    # Behind these inputs some name the policy too.
+    done = marker.exists() and str(read_json(marker)["inputs"]).startswith(inputs)
+    return dense_done(run) and done
 
 
-def _loaded(run: Workspace) -> bool:
+def dense_done(run: Workspace) -> bool:
+    """Whether the dense network of these very options is there."""
     path = run.folder / "dense" / "metrics.json"
-    return path.exists() and bool(read_json(path)["inputs"] == run.dense_inputs())
+    there = path.exists() and not run.fresh
+    return there and bool(read_json(path)["inputs"] == run.dense_inputs())

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from rlcompress import searchers
+from rlcompress.core.errors import UserError
 from rlcompress.core.files import JsonLines, read_json, save_json
 from rlcompress.core.pareto import Front, archive_front, best_at_floor
 from rlcompress.core.schedule import Measurement, Record
@@ -39,15 +40,33 @@ def search_all(run: Workspace) -> list[Record]:
     for name in dict.fromkeys([e.search.searcher, *e.search.baselines]):
         finished = folder / f"{name}.done"
         mine = [r for r in records if r.searcher == name]
-        if finished.exists() and read_json(finished) >= budgets[name]:
+        if _finished(finished, run.search_inputs()) >= budgets[name]:
             continue
         if len(mine) < budgets[name]:
             _search_with(run, name, budgets[name], mine, records, policy)
+        if not any(r.searcher == name for r in records):
+            said = (
+                f"{name} has no schedule within search.target = {list(e.search.target)}; widen it"
+            )
+            if name == e.search.searcher:
+                raise UserError(said)
+            console.print(said)
+            continue
         # A searcher may have fewer proposals than evaluations; that is not to be tried again.
-        save_json(finished, budgets[name])
+        done = {"evaluations": budgets[name], "inputs": run.search_inputs()}
+        save_json(finished, done)
     if not (folder / "layers.json").exists():
         _describe_problem(run, folder)
     return run.archive()
+
+
+def _finished(path: Path, inputs: str) -> int:
+    """The evaluations that a searcher is through with. Of other inputs, or of none (as older
+    versions wrote it), none: the file may come from a copy at `storage` that was cut off."""
+    done = read_json(path) if path.exists() else None
+    if not isinstance(done, dict) or done.get("inputs") != inputs:
+        return 0
+    return int(done["evaluations"])
 
 
 def searched(run: Workspace, records: list[Record]) -> dict[str, Any]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from pyarrow import ArrowInvalid
 from pyarrow.fs import FileSystem, FileType, LocalFileSystem, copy_files
 
 from rlcompress.core.errors import OutsideError, UserError, first_line
+from rlcompress.core.files import read_json, save_json
 
 #: What grows as a run goes on.
 _ARCHIVE = Path("search") / "archive.jsonl"
+#: In the run folder: what it has put where, so that a later command knows what went since.
+_PLACED = "storage.json"
 #: How the names end of what is not whole yet, here or there.
 _UNFINISHED = (".part", "-journal")
 
@@ -42,6 +45,11 @@ class Storage:
         except (OSError, ArrowInvalid, NotImplementedError) as error:
             raise OutsideError(f"storage: {self.uri}: {first_line(error)}") from error
 
+    def has_run(self) -> bool:
+        with self._clear():
+            there = self._files.get_file_info(f"{self._root}/spec.yaml")
+        return bool(there.type == FileType.File)
+
     def load(self, folder: Path) -> None:
         """Brings what is kept to `folder`, if no run is there: one that goes on elsewhere.
 
@@ -62,10 +70,14 @@ class Storage:
                 for left in folder.rglob("*.part"):  # by a machine that stopped while it saved
                     left.unlink()
                 self._known = _state(folder)
+                self._note(folder, self._known.keys())
 
     def save(self, folder: Path) -> None:
-        """Copies the files that changed since the last time, each whole or not at all."""
+        """Copies the files that changed since the last time, each whole or not at all, and removes
+        those that went, also before this process: what is set aside must not come back as done."""
         now = _state(folder)
+        gone = self._placed(folder) - now.keys()
+        self._note(folder, now.keys() | gone)
         with self._clear():
             for path, state in list(now.items()):
                 if self._known.get(path) == state:
@@ -78,10 +90,23 @@ class Storage:
                     del now[path]  # gone in the meantime
                 else:
                     self._known[path] = state
-            for path in self._known.keys() - now.keys():
+            for path in gone:
                 with contextlib.suppress(FileNotFoundError):
                     self._files.delete_file(f"{self._root}/{path.as_posix()}")
         self._known = now
+        self._note(folder, now.keys())
+
+    def _placed(self, folder: Path) -> set[Path]:
+        """The files that this run folder has put here."""
+        path = folder / _PLACED
+        placed = read_json(path) if path.exists() else {}
+        return {Path(name) for name in placed.get(self.uri, [])}
+
+    def _note(self, folder: Path, paths: Set[Path]) -> None:
+        if paths != self._placed(folder):
+            path = folder / _PLACED
+            placed = read_json(path) if path.exists() else {}
+            save_json(path, {**placed, self.uri: sorted(path.as_posix() for path in paths)})
 
     def _copy(self, source: Path, target: str) -> None:
         """By another name, which no other process that saves here uses."""
@@ -103,7 +128,7 @@ def _state(folder: Path) -> dict[Path, tuple[int, int]]:
     for place, _, names in os.walk(folder):
         for name in names:
             path = Path(place, name)
-            if name == "lock" or name.endswith(_UNFINISHED):
+            if name in ("lock", _PLACED) or name.endswith(_UNFINISHED):
                 continue
             with contextlib.suppress(FileNotFoundError):
                 about = path.stat()

@@ -60,19 +60,21 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
     e, t = run.experiment, run.experiment.ticket
     run.require_search()
     chosen = winners(run, run.archive())
-    for path in sorted((run.folder / "tickets").glob("*/ticket.json")):
-        if read_json(path)["inputs"] != run.ticket_inputs():
+    inputs, folders = run.ticket_inputs(), run.folder / "tickets"
+    for path in sorted(folders.glob("*/ticket.json")):
+        if read_json(path)["inputs"] != inputs:
             run.set_aside(path.parent)
-        else:
-            judged_again(path, t.floor)
-        for leftover in path.parent.glob("*.checkpoint"):
-            leftover.unlink()
     wanted = {}
     for record in chosen:
-        folder = run.folder / "tickets" / f"{record.searcher}-{record.schedule.digest()}"
+        folder = folders / f"{record.searcher}-{record.schedule.digest()}"
+        run.exchange(folder, inputs, "ticket.json")
         if not (folder / "ticket.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            run.claim(folder, inputs, "ticket.json")
             wanted[folder] = record
+    for path in sorted(folders.glob("*/ticket.json")):
+        judged_again(path, t.floor)
+        for leftover in path.parent.glob("*.checkpoint"):
+            leftover.unlink()
     yield from run.tickets()
     if not wanted:
         return

@@ -32,8 +32,8 @@ from rlcompress.core.structure import build_network, require_logits
 from rlcompress.core.tensors import load_tensors
 from rlcompress.core.train import logits_of
 from rlcompress.live import console
-from rlcompress.lock import Lock
-from rlcompress.spec import Experiment, spec_hash, write_resolved
+from rlcompress.lock import Lock, move_aside
+from rlcompress.spec import Experiment, spec_hash, write_resolved, write_single
 from rlcompress.stages.storage import Storage
 from rlcompress.stages.weights import digest_of_file, load_weights
 
@@ -68,13 +68,19 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 class Workspace:
-    """One experiment in its run folder. `words`: the options of the command line."""
+    """One experiment in its run folder. `words`: the options of the command line. `fresh`: until
+    `begin`, what is in the folder is another run's."""
 
     def __init__(
-        self, name: str, experiment: Experiment, folder: Path, words: Sequence[str] = ()
+        self,
+        name: str,
+        experiment: Experiment,
+        folder: Path,
+        words: Sequence[str] = (),
+        fresh: bool = False,
     ) -> None:
         self.name, self.experiment, self.folder = name, experiment, folder
-        self.words = words
+        self.words, self.fresh = words, fresh
         self.hash = spec_hash(experiment)
         settle_process()
         torch.set_num_threads(experiment.threads or default_threads())
@@ -130,7 +136,8 @@ class Workspace:
 
         def inputs_of(place: Path) -> str | None:
             paths = (path for path in (place / MARKER, place / result) if path.exists())
-            return next((str(read_json(path)["inputs"]) for path in paths), None)
+            named = (read_json(path).get("inputs") for path in paths)
+            return next((str(inputs) for inputs in named if inputs is not None), None)
 
         there = inputs_of(folder)
         if there == inputs:
@@ -158,7 +165,8 @@ class Workspace:
         path, known = Path(self.experiment.dense.weights), self.folder / "dense" / "metrics.json"
         if path.is_file():
             return digest_of_file(path)
-        return str(read_json(known).get("weights", "")) if known.exists() else ""
+        there = known.exists() and not self.fresh
+        return str(read_json(known).get("weights", "")) if there else ""
 
     def dense_inputs(self) -> str:
         """What the dense network depends on."""
@@ -367,13 +375,27 @@ class Workspace:
         if self.storage is not None:
             self.storage.save(self.folder)
 
-    def begin(self) -> Lock:
+    def fetch(self) -> None:
+        """Where no run is here, the one that `storage` keeps: before it is asked what is there."""
+        here = (self.folder / "spec.yaml").exists()
+        if self.storage is not None and not here and self.storage.has_run():
+            with Lock(self.folder):
+                self.storage.load(self.folder)
+
+    def begin(self, write: Path | None = None) -> Lock:
         """Takes the run folder for this command, until the lock is closed; what `storage` has goes
-        into it. Raises UserError if another one is at work in it."""
+        into it, and an old run out of it where a fresh one begins. Raises UserError if another one
+        is at work in it. `write`: an experiments file to make of this experiment alone."""
+        if self.fresh:
+            move_aside(self.folder)
+            self.fresh = False
         lock = Lock(self.folder)
         if self.storage is not None:
             self.storage.load(self.folder)
         write_resolved(self.experiment, self.name, self.folder / "spec.yaml")
+        if write is not None:
+            given = self.experiment.model_dump(mode="json", exclude_unset=True)
+            write_single(write, self.name, given)
         return lock
 
     def log(self) -> Path:

@@ -51,10 +51,14 @@ def members(run: Workspace) -> dict[str, Workspace]:
             f"{run.name}: zoo.networks is empty; the policy needs networks to learn on "
             "(experiments.yaml has an example: zoo)"
         )
+    # Loaded weights are those of the experiment's own network.
+    dense = run.experiment.dense.model_copy(update={"weights": None})
     return {
         name: Workspace(
             name,
-            run.experiment.model_copy(update={"model": network.model, "data": network.data}),
+            run.experiment.model_copy(
+                update={"model": network.model, "data": network.data, "dense": dense}
+            ),
             run.folder / "zoo" / name,
         )
         for name, network in networks.items()
@@ -114,19 +118,19 @@ def lessons_of(run: Workspace, records: list[Record]) -> Lessons:
     return Lessons.of(network, evaluator.costs, evaluator.estimates, records)
 
 
-def train_policy(run: Workspace) -> dict[str, Any]:
-    """Trains the policy on the zoo into `policy/` and judges it on the experiment's own network,
-    which is not in the zoo: the content of `policy/policy.json`. Done already, it is not trained
-    again."""
+def train_policy(run: Workspace, networks: Mapping[str, Workspace]) -> dict[str, Any]:
+    """Trains the policy on the zoo (`members`) into `policy/` and judges it on the experiment's own
+    network, which is not in the zoo: the content of `policy/policy.json`. Done already, it is not
+    trained again."""
     e, folder = run.experiment, run.folder / "policy"
     zoo, inputs = e.zoo, f"{MEASUREMENTS} {spec_hash(e)}"
-    networks = members(run)
+    run.exchange(folder, inputs, "policy.json")
     if (folder / "policy.json").exists():
         _, about = load_policy(folder, OBSERVATION_VERSION)
         if about.get("inputs") == inputs and "judged" in about:
             return about
     sampled = {name: sample(network) for name, network in networks.items()}
-    run.claim(folder, inputs)
+    run.claim(folder, inputs, "policy.json")
     lessons = {name: lessons_of(networks[name], records) for name, records in sampled.items()}
     learned = fit(list(lessons.values()), seed=e.seed)
     learned.save(folder / LEARNED)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlcompress.core.errors import UserError
-from rlcompress.core.files import JsonLines, read_archive, save_json
+from rlcompress.core.files import JsonLines, read_archive, save_bytes, save_json
 from rlcompress.core.schedule import Measurement, Record, Schedule
 from rlcompress.core.tensors import load_tensors, save_tensors
 
@@ -40,6 +40,23 @@ def test_each_line_can_be_read_when_append_returns(tmp_path, interval):
         for count in (1, 2, 3):
             file.append(RECORD.to_json())
             assert read_archive(path) == [RECORD] * count
+
+
+def test_two_processes_may_save_one_file(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "x.json", os.fsync
+
+    def saved_meanwhile(file: int) -> None:
+        fsync(file)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fsync)
+            patched.setattr(os, "getpid", lambda: 1)
+            save_bytes(path, b"theirs")
+        assert path.read_bytes() == b"theirs"
+
+    monkeypatch.setattr(os, "fsync", saved_meanwhile)
+    save_bytes(path, b"ours")
+    assert path.read_bytes() == b"ours"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small tmpfs")

@@ -95,9 +95,9 @@ def test_episodes_over_a_zoo_are_played_once_and_counted(tiny, cut_off):
     run = tiny(f"zoo.networks={{toy: {TOY}}}", *options)
     folder = run.folder / "policy"
     for stage, done, played in (("ppo", 2, 2), ("judge", 1, 4)):
-        cut_off(lambda: zoo.train_policy(run), stage, done)
+        cut_off(lambda: zoo.train_policy(run, zoo.members(run)), stage, done)
         rows = read_lines(folder / "episodes.jsonl")
         assert [row["evaluation"] for row in rows] == list(range(1, played + 1))
-    assert zoo.train_policy(run)["episodes"] == 4
+    assert zoo.train_policy(run, zoo.members(run))["episodes"] == 4
     assert read_json(folder / "policy.json")["episodes"] == 4
     assert len(read_lines(folder / "episodes.jsonl")) == 4
