@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlcompress.core.artifact import load_artifact
-from rlcompress.core.files import JsonLines, read_archive, save_json
+from rlcompress.core.files import JsonLines, read_archive, read_json, save_json
 from rlcompress.core.policy import Agent
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
