@@ -18,7 +18,7 @@ import typer
 
 from rlcompress.cli import complete, interrupt
 from rlcompress.core.errors import UserError
-from rlcompress.lock import check_movable, move_aside  # noqa: F401 (`submit` moves too)
+from rlcompress.lock import check_movable
 
 if TYPE_CHECKING:
     from rlcompress.stages import Run

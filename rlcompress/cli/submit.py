@@ -20,10 +20,9 @@ from rlcompress.cli.options import (
     Out,
     Sets,
     check_folder,
-    check_movable,
-    move_aside,
 )
 from rlcompress.core.errors import OutsideError, UserError
+from rlcompress.lock import check_movable, move_aside
 
 if TYPE_CHECKING:
     from rlcompress.rl.jobs import Cluster
