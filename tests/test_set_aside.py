@@ -15,6 +15,7 @@ from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STA
 from rlcompress.core.policy import Policy, PolicyShape, save_policy
 from rlcompress.core.tensors import load_tensors
 from rlcompress.live import Stage
+from rlcompress.searchers.uniform import grid
 from rlcompress.stages import Workspace
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.policies import begin_with
@@ -106,9 +107,11 @@ def test_a_search_is_done_for_its_own_options_alone(tiny):
     run = tiny("search.bits=[2, 4]")
     done = (run.folder / "search" / "uniform.done").read_bytes()
     run.claim(run.folder / "search", run.search_inputs())
+    train_dense(run)
+    proposals = len(grid(run.problem, run.experiment.search.target))
     for old in (done, b"4"):  # as older versions wrote it
         (run.folder / "search" / "uniform.done").write_bytes(old)
-        assert len(search_all(run)) == 4
+        assert len(search_all(run)) == min(4, proposals) > 0
         (run.folder / "search" / "archive.jsonl").unlink()
 
 
