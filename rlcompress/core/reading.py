@@ -96,7 +96,7 @@ def all_gradients(model: nn.Module):  # type: ignore[no-untyped-def]
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
     """What a layer or norm is called with, by place or by name."""
-    x: torch.Tensor = args[0] if args else kwargs["input"]
+    x: torch.Tensor = next(iter(args or kwargs.values()))
     return x
 
 

@@ -164,8 +164,9 @@ class Signals:
             # The hook must not hold the tensor it hangs on: no collector would find that cycle.
             seen = mine.detach()
             mine.register_hook(lambda gradient: self._take(layer, seen, gradient))
-            named = {**kwargs, "input": mine}
-            return ((mine, *args[1:]), kwargs) if args else (args, named)
+            if args:
+                return (mine, *args[1:]), kwargs
+            return (), {**kwargs, next(iter(kwargs)): mine}
 
         return hook
 

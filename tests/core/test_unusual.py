@@ -20,6 +20,7 @@ from tests.unusual import (
     NETWORKS,
     SHAPE,
     Auxiliary,
+    ByName,
     Defaults,
     InPlace,
     Interleaved,
@@ -251,6 +252,11 @@ def test_compression_in_training_sees_layers_that_are_in_eval_mode():
     compressor = train(model, images, frozen=True)
     assert {"0", "3", "8"} <= compressor.signals.patches.keys()
     assert compressor.ratio < 3  # the target is 1.3: no reason for two bits
+
+
+def test_compression_in_training_sees_layers_that_are_called_by_name():
+    model, images = made(ByName)
+    assert {"c1", "c2", "fc"} <= train(model, images).signals.patches.keys()
 
 
 def test_a_model_that_is_not_in_training_is_told():
