@@ -57,10 +57,10 @@ def test_check_judges_by_the_dense_network_of_its_options(rlcompress, searched):
     model = "model={factory: cnn, args: {width: 0.2}}"
     for option, trained in (("seed=0", True), ("dense.lr=0.05", False), (model, False),
                             (weights("w.safetensors", 0), True)):  # fmt: skip
-        told = rlcompress("check", "tiny", "--set", option)
+        told = rlcompress("check", "tiny", "--set", option, "--json")
         assert told.code == 0, told.err
-        assert (untrained not in told.out) is trained
-        assert ("dense 0 s" in told.out) is trained
+        assert (untrained not in told.out + told.err) is trained
+        assert (json.loads(told.out)["expected_seconds"]["dense"] == 0) is trained
     assert contents(Path("runs")) == before
 
 

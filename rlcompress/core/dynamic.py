@@ -287,8 +287,8 @@ class DynamicCompressor:
             trained=min(1.0, (self.steps - self.pace.warmup) / total),
             loss=growth(loss, self._begun[0]),
             loss_trend=growth(loss, slow_loss),
-            gradient=float(np.log(gradient / self._begun[1])),
-            gradient_trend=float(np.log(gradient / slow_gradient)),
+            gradient=growth(gradient, self._begun[1]),
+            gradient_trend=growth(gradient, slow_gradient),
         )
 
     def decide(self, action: int) -> None:

@@ -23,15 +23,12 @@ from rlcompress.core.errors import UserError, first_line
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-def is_norm(module: object) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """Whether it computes a batch norm and nothing else: some of their subclasses end in an
-    activation, which would be lost where a norm is folded."""
-    return isinstance(module, NORMS) and type(module).forward is _BatchNorm.forward
-
-
-def estimated(module: nn.Module) -> bool:
-    """Whether it is a batch norm with statistics of its own."""
-    return is_norm(module) and module.running_mean is not None
+def estimated(module: object) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """Whether it is a batch norm with statistics of its own, and nothing else: some of their
+    subclasses end in an activation, which would be lost where a norm is folded."""
+    if not isinstance(module, NORMS) or type(module).forward is not _BatchNorm.forward:
+        return False
+    return module.running_mean is not None
 
 
 def rest_of(

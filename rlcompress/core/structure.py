@@ -25,7 +25,6 @@ from rlcompress.core.reading import (
     Reading,
     all_gradients,
     estimated,
-    is_norm,
     leave_out,
     read,
     rest_of,
@@ -251,10 +250,7 @@ def _assemble(
             reading.norm_uses[name],
         )
         for name, module in modules.items()
-        if is_norm(module)
-        and module.running_mean is not None
-        and name not in reading.absorbed.values()
-        and not _inside(name, unused)
+        if estimated(module) and name not in reading.absorbed.values() and not _inside(name, unused)
     )
     network = Network(
         layers=layers_out,

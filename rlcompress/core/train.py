@@ -194,7 +194,7 @@ def epochs(
     elif taught is None and teacher is not None:
         taught = teach(teacher, data)
     if taught is not None:
-        taught = taught.to(device)
+        taught, teacher = taught.to(device), None
     steps = max(1, len(data) // recipe.batch_size)
     total = steps * recipe.epochs
     for epoch in range(start, recipe.epochs):

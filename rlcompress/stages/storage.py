@@ -98,15 +98,12 @@ class Storage:
 
     def _placed(self, folder: Path) -> set[Path]:
         """The files that this run folder has put here."""
-        path = folder / _PLACED
-        placed = read_json(path) if path.exists() else {}
-        return {Path(name) for name in placed.get(self.uri, [])}
+        return {Path(name) for name in _notes(folder).get(self.uri, [])}
 
     def _note(self, folder: Path, paths: Set[Path]) -> None:
-        if paths != self._placed(folder):
-            path = folder / _PLACED
-            placed = read_json(path) if path.exists() else {}
-            save_json(path, {**placed, self.uri: sorted(path.as_posix() for path in paths)})
+        notes, names = _notes(folder), sorted(path.as_posix() for path in paths)
+        if notes.get(self.uri, []) != names:
+            save_json(folder / _PLACED, {**notes, self.uri: names})
 
     def _copy(self, source: Path, target: str) -> None:
         """By another name, which no other process that saves here uses."""
@@ -119,6 +116,12 @@ class Storage:
             with contextlib.suppress(OSError):
                 self._files.delete_file(part)
             raise
+
+
+def _notes(folder: Path) -> dict[str, list[str]]:
+    """Place -> the files that the run folder has put there."""
+    path = folder / _PLACED
+    return dict(read_json(path)) if path.exists() else {}
 
 
 def _state(folder: Path) -> dict[Path, tuple[int, int]]:
