@@ -194,7 +194,7 @@ def beside(run: Path, name: str, accuracy: float, where: Any = (), **changes: An
     write_resolved(ran, "demo", workspace.folder / "spec.yaml")
     mine = make_ticket("eeee5555", "ppo", accuracy, 61_000) | {"seed": seed}
     theirs = make_ticket("ffff6666", "ppo", 0.99, 1_000) | {"seed": seed}
-    inputs = workspace.ticket_inputs()
+    inputs = workspace.inputs.ticket
     add(workspace.folder, mine | {"inputs": inputs}, theirs | {"inputs": f"{inputs}, distilled"})
     return workspace
 
@@ -232,7 +232,7 @@ def test_a_folder_beside_that_is_no_run_is_passed_over(run: Path, content: bytes
 
 def test_tickets_of_other_options_or_of_another_searcher_are_not_shown(run: Path) -> None:
     workspace = beside(run, "demo", 0.9234)
-    inputs = workspace.ticket_inputs()
+    inputs = workspace.inputs.ticket
     smaller = make_ticket("gggg7777", "knapsack", 0.9234, 20_000)
     add(run, UNIFORM | {"inputs": inputs}, smaller | {"inputs": inputs})
     (run / "dynamic").mkdir()
@@ -243,11 +243,11 @@ def test_tickets_of_other_options_or_of_another_searcher_are_not_shown(run: Path
     assert page.rows[0] == ["", "dense", "ppo ticket", "uniform ticket"]
     assert page.row("bytes") == ["4,000,000", "61,000", "200,000"]
     assert not {"All tickets", "While it trained"} & set(page.headings)
-    path.write_text(json.dumps(dynamic | {"inputs": f"{workspace.dynamic_inputs()} none"}))
+    path.write_text(json.dumps(dynamic | {"inputs": f"{workspace.inputs.dynamic} none"}))
     assert "While it trained" in Page(report(workspace)).headings
     # What the options name comes first, on the terminal too.
     workspace = Workspace("demo", Experiment.model_validate(SPEC | KNAPSACK), run)
-    add(run, smaller | {"inputs": workspace.ticket_inputs()})
+    add(run, smaller | {"inputs": workspace.inputs.ticket})
     assert Page(report(workspace)).rows[0][:3] == ["", "dense", "knapsack ticket"]
 
 

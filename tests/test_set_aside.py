@@ -106,7 +106,7 @@ def test_a_search_is_done_for_its_own_options_alone(tiny):
     """A copy at `storage` that was cut off may hold another search's files."""
     run = tiny("search.bits=[2, 4]")
     done = (run.folder / "search" / "uniform.done").read_bytes()
-    run.claim(run.folder / "search", run.search_inputs())
+    run.claim(run.folder / "search", run.inputs.search)
     train_dense(run)
     proposals = len(grid(run.problem, run.experiment.search.target))
     for old in (done, b"4"):  # as older versions wrote it

@@ -182,7 +182,7 @@ def export_onnx(
         raise UserError(
             f"{path}: the network cannot be exported to ONNX: {_root_cause(error)}; {hint}"
         ) from error
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_bytes(part, proto.SerializeToString())
         try:

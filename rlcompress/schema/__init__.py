@@ -54,6 +54,7 @@ _UNHASHED: Any = {
     "device": True,
     "threads": True,
     "storage": True,
+    "search": {"cache_mb"},
     "ppo": {
         "address",
         "num_env_runners",
@@ -96,8 +97,8 @@ def spec_hash(experiment: Experiment, *sections: str) -> str:
     """Twelve hex digits that name what an experiment computes, or what `sections` of it do.
 
     Options at their default stay out, so that a new option orphans no old run. So does what
-    changes no result: tracking, storage, description, device, threads, ppo.address and the number
-    and share of the env runners. Raises ValueError on a section that does not exist.
+    changes no result: tracking, storage, description, device, threads, search.cache_mb, ppo.address
+    and the number and share of the env runners. Raises ValueError on a section that does not exist.
     """
     unknown = [name for name in sections if name not in Experiment.model_fields]
     if unknown:

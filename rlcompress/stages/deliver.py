@@ -151,7 +151,7 @@ def _inputs(run: Workspace) -> str:
     path, search = run.folder / "search" / "policies.json", run.experiment.search
     begun = read_json(path) if path.exists() else {}
     mine = {name: begun[name] for name in (search.searcher, *search.baselines) if name in begun}
-    return f"{run.search_inputs()} {json.dumps(mine, sort_keys=True)}"
+    return f"{run.inputs.search} {json.dumps(mine, sort_keys=True)}"
 
 
 def tracked(run: Workspace) -> bool:

@@ -20,7 +20,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
     """Trains the dense network, loads `dense.weights`, or finds it; its metrics. Loaded weights are
     their own rewind point: an earlier one is not known."""
     e, folder = run.experiment, run.folder / "dense"
-    inputs = run.dense_inputs()
+    inputs = run.inputs.dense
     path = folder / "metrics.json"
     run.exchange(folder, inputs, path.name)
     if path.exists():

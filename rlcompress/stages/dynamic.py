@@ -51,7 +51,7 @@ def compress_in_training(run: Workspace) -> dict[str, Any]:
     not made again."""
     folder, d = run.folder / "dynamic", run.experiment.dynamic
     path, begin = folder / "ticket.json", begins_with(run)
-    inputs = f"{run.dynamic_inputs()} {digest_of(begin)}"
+    inputs = f"{run.inputs.dynamic} {digest_of(begin)}"
     run.exchange(folder, inputs, path.name)
     if path.exists():
         return judged_again(path, run.experiment.ticket.floor)
@@ -121,7 +121,7 @@ def ticket_of(run: Workspace) -> dict[str, Any] | None:
     path = run.folder / "dynamic" / "ticket.json"
     found: dict[str, Any] | None = read_json(path) if path.exists() else None
     # Behind the options stands the policy that it began with.
-    ours = found is not None and found["inputs"].rpartition(" ")[0] == run.dynamic_inputs()
+    ours = found is not None and found["inputs"].rpartition(" ")[0] == run.inputs.dynamic
     return found if ours else None
 
 

@@ -24,8 +24,10 @@ MARGIN = 1.0
 
 @dataclass(frozen=True)
 class Rung:
-    """How the finalists that are left are measured: fit images, and the seeds of the fits."""
+    """How the finalists that are left are measured: images that score and that are fitted on, and
+    the seeds of the fits."""
 
+    score_images: int
     fit_images: int
     seeds: tuple[int, ...]
 
@@ -49,9 +51,10 @@ def finals(run: Workspace, name: str, records: Sequence[Record]) -> list[Record]
     one is a line of `search/finals.jsonl`, and none is measured twice."""
     e = run.experiment
     left = candidates(run, records)
+    images, fitted = len(run.splits[1]), 2 * e.calibration.fit_images
     rungs = [
-        Rung(2 * e.calibration.fit_images, (e.seed,)),
-        Rung(max(e.ticket.fit_images, 2 * e.calibration.fit_images), (e.seed + 1, e.seed + 2)),
+        Rung(images, fitted, (e.seed,)),
+        Rung(images, max(e.ticket.fit_images, fitted), (e.seed + 1, e.seed + 2)),
     ]
     path = run.folder / "search" / "finals.jsonl"
     known = {(line["inputs"], line["schedule"]): line["measurement"] for line in read_lines(path)}
@@ -63,7 +66,7 @@ def finals(run: Workspace, name: str, records: Sequence[Record]) -> list[Record]
             measured, floor = [], 0.0
             for record in left:
                 schedule = record.schedule.to_json()
-                key = (f"{run.search_inputs()} {rung}", schedule)
+                key = (f"{run.inputs.search} {rung}", schedule)
                 if key not in known:
                     if not evaluators:
                         dense = run.network("trained").to(run.device)

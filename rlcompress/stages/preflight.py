@@ -138,9 +138,9 @@ def _require_dynamic(run: Workspace) -> None:
 
 def _made(run: Workspace, *, searches: bool) -> bool:
     """Whether the stages whose inputs are to be checked are there already."""
-    name, inputs = "search", run.search_inputs()
+    name, inputs = "search", run.inputs.search
     if not searches:
-        name, inputs = "dynamic", run.dynamic_inputs()
+        name, inputs = "dynamic", run.inputs.dynamic
     marker = run.folder / name / MARKER
     # Behind these inputs some name the policy too.
     done = marker.exists() and str(read_json(marker)["inputs"]).startswith(inputs)
@@ -151,4 +151,4 @@ def dense_done(run: Workspace) -> bool:
     """Whether the dense network of these very options is there."""
     path = run.folder / "dense" / "metrics.json"
     there = path.exists() and not run.fresh
-    return there and bool(read_json(path)["inputs"] == run.dense_inputs())
+    return there and bool(read_json(path)["inputs"] == run.inputs.dense)

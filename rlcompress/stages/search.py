@@ -32,7 +32,7 @@ def search_all(run: Workspace) -> list[Record]:
     budgets = dict.fromkeys(e.search.baselines, e.search.baseline_episodes or own)
     budgets[e.search.searcher] = own
     policy = policy_of(run)
-    run.claim(folder, run.search_inputs())
+    run.claim(folder, run.inputs.search)
     for name in budgets.keys() & PLAYED:
         begin_with(run, name, policy)
     records = run.archive()
@@ -40,7 +40,7 @@ def search_all(run: Workspace) -> list[Record]:
     for name in dict.fromkeys([e.search.searcher, *e.search.baselines]):
         finished = folder / f"{name}.done"
         mine = [r for r in records if r.searcher == name]
-        if _finished(finished, run.search_inputs()) >= budgets[name]:
+        if _finished(finished, run.inputs.search) >= budgets[name]:
             continue
         if len(mine) < budgets[name]:
             _search_with(run, name, budgets[name], mine, records, policy)
@@ -53,7 +53,7 @@ def search_all(run: Workspace) -> list[Record]:
             console.print(said)
             continue
         # A searcher may have fewer proposals than evaluations; that is not to be tried again.
-        done = {"evaluations": budgets[name], "inputs": run.search_inputs()}
+        done = {"evaluations": budgets[name], "inputs": run.inputs.search}
         save_json(finished, done)
     if not (folder / "layers.json").exists():
         _describe_problem(run, folder)

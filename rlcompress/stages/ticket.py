@@ -60,7 +60,7 @@ def make_tickets(run: Workspace) -> Iterator[dict[str, Any]]:
     e, t = run.experiment, run.experiment.ticket
     run.require_search()
     chosen = winners(run, run.archive())
-    inputs, folders = run.ticket_inputs(), run.folder / "tickets"
+    inputs, folders = run.inputs.ticket, run.folder / "tickets"
     for path in sorted(folders.glob("*/ticket.json")):
         if read_json(path)["inputs"] != inputs:
             run.set_aside(path.parent)
@@ -162,7 +162,7 @@ def _plans(
             record.schedule, evaluator, run.ref, dense, rewind, e.seed, arms=e.ticket.arms
         )
         yield Plan(
-            folder, record.schedule, begin, f"{run.ticket_inputs()}/{record.schedule.digest()}"
+            folder, record.schedule, begin, f"{run.inputs.ticket}/{record.schedule.digest()}"
         )
 
 
@@ -223,7 +223,7 @@ def _judge(
         "curves": {n: arm.curve for n, arm in arms.items() if arm.curve},
         "seed": e.seed,
         "spec_hash": run.hash,
-        "inputs": run.ticket_inputs(),
+        "inputs": run.inputs.ticket,
         "split": "test",
         "target": record.target,
         "ratio": dense_cost.bytes / cost.bytes,

@@ -45,7 +45,7 @@ def tune(run: Workspace) -> list[Trial]:
     as its trial has reported it, `tune/trials.json` says what the trials were."""
     e, folder = run.experiment, run.folder / "tune"
     policy = find_policy(run)
-    run.claim(folder, f"{run.tune_inputs()} {digest_of(policy)}")
+    run.claim(folder, f"{run.inputs.tune} {digest_of(policy)}")
     run.problem.require_reachable(e.search.target)
     trials = _known(run)
     if (folder / "trials.json").exists():

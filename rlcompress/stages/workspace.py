@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import shlex
 import sys
@@ -34,12 +33,10 @@ from rlcompress.core.train import logits_of
 from rlcompress.live import console
 from rlcompress.lock import Lock, move_aside
 from rlcompress.spec import Experiment, spec_hash, write_resolved, write_single
+from rlcompress.stages.inputs import Inputs
 from rlcompress.stages.storage import Storage
 from rlcompress.stages.weights import digest_of_file, load_weights
 
-#: Goes up when the same options come to mean other measurements: older searches are set aside.
-MEASUREMENTS = "8"
-DENSE_INPUTS = ("model", "data", "dense", "seed")
 #: Of a folder: names what its content is made from.
 MARKER = "inputs.json"
 
@@ -101,7 +98,7 @@ class Workspace:
         marker = self.folder / "search" / "inputs.json"
         if not marker.exists() or not self.archive():
             raise UserError(f"{self.folder}: nothing searched yet; {self.next('search')}")
-        if read_json(marker)["inputs"] != self.search_inputs():
+        if read_json(marker)["inputs"] != self.inputs.search:
             raise UserError(
                 f"{self.folder}: searched with other options than these; {self.next('search')}"
             )
@@ -168,49 +165,9 @@ class Workspace:
         there = known.exists() and not self.fresh
         return str(read_json(known).get("weights", "")) if there else ""
 
-    def dense_inputs(self) -> str:
-        """What the dense network depends on."""
-        return f"{spec_hash(self.experiment, *DENSE_INPUTS)}{self._weights()}"
-
-    def estimate_inputs(self) -> str:
-        """What the estimates depend on: whoever needs them first makes them, also outside a search
-        and so before its folder is claimed."""
-        parts = {"keeps", "bits", "clip", "round_to"}
-        search = self.experiment.search.model_dump(mode="json", include=parts)
-        hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration")
-        return f"{hashed}{self._weights()} {json.dumps(search, sort_keys=True)}"
-
-    def search_inputs(self) -> str:
-        """All that gives a measurement or a proposal its meaning; not how many there are."""
-        # Without defaults: a new option orphans no old search.
-        # Whose policy a searcher began with is noted beside its records.
-        counts = {"episodes", "baseline_episodes", "finalists", "cache_mb", "policy"}
-        counted = {*counts, "searcher", "baselines"}
-        search = self.experiment.search
-        rest = search.model_dump(mode="json", exclude=counted, exclude_defaults=True)
-        hashed = spec_hash(self.experiment, *DENSE_INPUTS, "calibration", "ppo")
-        return f"{MEASUREMENTS} {hashed}{self._weights()} {json.dumps(rest, sort_keys=True)}"
-
-    def _weights(self) -> str:
-        digest = self.weights_digest()
-        return f" {digest}" if digest else ""
-
-    def ticket_inputs(self) -> str:
-        """What a schedule's ticket depends on, beside the schedule; not how many there are."""
-        ticket = self.experiment.ticket.model_dump(
-            mode="json", exclude={"top", "floor"}, exclude_defaults=True
-        )
-        finalists = self.experiment.search.finalists
-        return f"{self.search_inputs()} {finalists} {json.dumps(ticket, sort_keys=True)}"
-
-    def tune_inputs(self) -> str:
-        """What the trials of `tune` depend on."""
-        return f"{self.search_inputs()} {spec_hash(self.experiment, 'tune', 'search', 'ticket')}"
-
-    def dynamic_inputs(self) -> str:
-        """What compression during training depends on."""
-        names = (*DENSE_INPUTS, "calibration", "dynamic", "ppo", "search")
-        return f"{MEASUREMENTS} {spec_hash(self.experiment, *names)}{self._weights()}"
+    @property
+    def inputs(self) -> Inputs:
+        return Inputs(self.experiment, self.weights_digest())
 
     @functools.cached_property
     def data(self) -> Data:
@@ -280,12 +237,12 @@ class Workspace:
         path = self.folder / "search" / "estimates.safetensors"
         if path.exists():
             with _readable(path):
-                known = Estimates.load(path, self.estimate_inputs())
+                known = Estimates.load(path, self.inputs.estimates)
             if known is not None:
                 return self.bundle_of(dense, known)
         estimates = self.estimate(dense)
         path.parent.mkdir(parents=True, exist_ok=True)
-        estimates.save(path, self.estimate_inputs())
+        estimates.save(path, self.inputs.estimates)
         return self.bundle_of(dense, estimates)
 
     def bundle_of(self, dense: nn.Module, estimates: Estimates) -> Bundle:
@@ -360,7 +317,7 @@ class Workspace:
         paths = sorted((self.folder / "tickets").glob("*/ticket.json"))
         found = [read_json(path) for path in paths]
         order = [self.experiment.search.searcher, *self.experiment.search.baselines]
-        inputs = self.ticket_inputs()
+        inputs = self.inputs.ticket
         current = [t for t in found if t["inputs"] == inputs and t["searcher"] in order]
         current.sort(key=lambda t: (ticket_rank(t), t["id"]), reverse=True)
         return sorted(current, key=lambda t: order.index(t["searcher"]))

@@ -25,19 +25,18 @@ from rlcompress.report.policy_card import policy_card
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy
 from rlcompress.searchers import Settings, in_process
 from rlcompress.searchers.base import Measure, Proposal, measured
-from rlcompress.spec import spec_hash
 from rlcompress.stages.deliver import tracker_of
 from rlcompress.stages.dense import train_dense
 from rlcompress.stages.policies import digest_of
 from rlcompress.stages.ticket import commit
-from rlcompress.stages.workspace import MEASUREMENTS, Workspace
+from rlcompress.stages.workspace import Workspace
 
 #: Of the largest ratio that a network can reach: beyond it there is nothing left to choose.
 REACH = 0.8
 #: Sampled schedules: the stream of their random numbers, deviations that the prior's losses are
 #: shaken by, and rungs of a shaken prior.
 STREAM, DEVIATIONS, RUNGS = 7, (0.0, 0.5, 1.0, 1.5), 32
-#: As `workspace.MEASUREMENTS`, of samples: another prior draws others, but what a schedule
+#: As `MEASUREMENTS` of inputs.py, of samples: another prior draws others, but what a schedule
 #: measures is the same.
 SAMPLES = "4"
 
@@ -78,8 +77,7 @@ def sample(run: Workspace) -> list[Record]:
     e, folder = run.experiment, run.folder / "samples"
     run.folder.mkdir(parents=True, exist_ok=True)
     train_dense(run)
-    inputs = spec_hash(e, "model", "data", "dense", "seed", "calibration", "search")
-    run.claim(folder, f"{SAMPLES} {inputs} {e.zoo.target}")
+    run.claim(folder, f"{SAMPLES} {run.inputs.samples} {e.zoo.target}")
     records = read_archive(folder / "archive.jsonl")[: e.zoo.samples]
     if len(records) == e.zoo.samples:
         return records
@@ -123,7 +121,7 @@ def train_policy(run: Workspace, networks: Mapping[str, Workspace]) -> dict[str,
     network, which is not in the zoo: the content of `policy/policy.json`. Done already, it is not
     trained again."""
     e, folder = run.experiment, run.folder / "policy"
-    zoo, inputs = e.zoo, f"{MEASUREMENTS} {spec_hash(e)}"
+    zoo, inputs = e.zoo, run.inputs.policy
     run.exchange(folder, inputs, "policy.json")
     if (folder / "policy.json").exists():
         _, about = load_policy(folder, OBSERVATION_VERSION)
