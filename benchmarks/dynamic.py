@@ -50,7 +50,7 @@ import torch
 from benchmarks import results
 from benchmarks.arms import Bench, closed, gradual, opened, searched, static
 from benchmarks.drifts import DRIFTS
-from benchmarks.networks import EXPERIMENTS, workspace
+from benchmarks.networks import EXPERIMENTS, identity, workspace
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.cost import CostModel
 from rlcompress.core.files import read_lines
@@ -130,8 +130,8 @@ def actions_of(rows: list[dict[str, Any]], key: str, setting: list[Any]) -> list
     )
 
 
-def key_of(options: argparse.Namespace) -> str:
-    return f"{options.steps} {options.evaluations} {options.policy}"
+def key_of(run: Workspace, options: argparse.Namespace) -> str:
+    return f"{identity(run)} {options.steps} {options.evaluations} {options.policy}"
 
 
 def measure_all(network: str, seed: int, options: argparse.Namespace) -> None:
@@ -139,12 +139,13 @@ def measure_all(network: str, seed: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     bench = Bench(network, run, seed, options.steps, options.evaluations, options.policy)
     rows = results.Rows(Path("runs") / f"dynamic-{network}.jsonl")
-    about = {"key": key_of(options), "seed": seed}
+    key = key_of(run, options)
+    about = {"key": key, "seed": seed}
     for arm, settings in settings_of(network, options).items():
         for setting in settings:
             measure(bench, rows, {**about, "arm": arm, "setting": setting, "drift": None})
     target = DRIFT_TARGET[network]
-    dense_bytes = next(r["bytes"] for r in rows.rows if r["arm"] == "dense")
+    dense_bytes = next(r["bytes"] for r in rows.rows if {**r, **about, "arm": "dense"} == r)
     like = closest(run, dense_bytes / target)
     for drift in options.drifts.split(",") if options.drifts else ():
         for arm, setting in (
@@ -154,7 +155,7 @@ def measure_all(network: str, seed: int, options: argparse.Namespace) -> None:
             ("static", list(like)),
         ):
             measure(bench, rows, {**about, "arm": arm, "setting": setting, "drift": drift})
-    judge(bench, rows, key_of(options))
+    judge(bench, rows, key)
 
 
 def settings_of(network: str, options: argparse.Namespace) -> dict[str, list[list[Any]]]:
@@ -172,7 +173,7 @@ def settings_of(network: str, options: argparse.Namespace) -> dict[str, list[lis
         "open": targets,
         "static": grid,
         "gradual": grid,
-        "search": targets[1:] or targets,
+        "search": targets,
     }
     return {arm: known[arm] for arm in options.arms.split(",")}
 
@@ -220,20 +221,24 @@ def summarise(options: argparse.Namespace) -> None:
     everything: list[dict[str, Any]] = []
     add: Callable[..., None] = functools.partial(_add, figures)
     ratios: list[float] = []
-    for network in EXPERIMENTS:
-        rows = read_lines(Path("runs") / f"dynamic-{network}.jsonl")
-        rows = [r for r in rows if r["key"] == key_of(options)]
-        everything += rows
+    for network, experiment in EXPERIMENTS.items():
+        path = Path("runs") / f"dynamic-{network}.jsonl"
+        if not path.exists():
+            continue
+        key = key_of(workspace(experiment), options)
+        rows = [r for r in read_lines(path) if r["key"] == key]
+        everything += [{"network": network, **row} for row in rows]
         gains, computes, losses = [], [], []
         seeds = sorted({r["seed"] for r in rows if "tested" in r})
         print(f"\n{network}, seeds {seeds}" if seeds else "", flush=True)
         for seed in seeds:
             mine = [r for r in rows if r["seed"] == seed]
             tests = {r["tested"]: r["test"] for r in mine if "tested" in r}
+            chosen = {path for path, _ in answers(mine)}
             by = {
                 (r["arm"], r["drift"]): {**r, "test": tests[r["path"]]}
                 for r in mine
-                if r.get("path") in tests
+                if r.get("path") in chosen & tests.keys()
             }
             dense = by["dense", None]
             for arm in ARMS:
@@ -276,7 +281,7 @@ def summarise(options: argparse.Namespace) -> None:
     for name, value in figures.items():
         print(f"{name:44}{value['value']:9.2f}  {value['unit']}  (n = {value['n']})")
     if everything:
-        print(results.write("dynamic", figures, everything))
+        print(results.write("dynamic", figures, everything, keep=True))
 
 
 def changed(rows: list[dict[str, Any]], target: float | None) -> dict[str, list[float]]:

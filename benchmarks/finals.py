@@ -57,6 +57,11 @@ def winners(run: Workspace, evaluations: int) -> dict[str, tuple[Record, float]]
     }
 
 
+def key_of(run: Workspace, evaluations: int) -> str:
+    low, high = run.experiment.search.target
+    return f"{identity(run)} {low:g}-{high:g} {evaluations}"
+
+
 def measure(network: str, seed: int, evaluations: int) -> None:
     trained = workspace(EXPERIMENTS[network])
     run = Workspace(
@@ -64,7 +69,7 @@ def measure(network: str, seed: int, evaluations: int) -> None:
     )
     torch.set_num_threads(1)
     rows = results.Rows(Path("runs") / f"finals-{network}.jsonl")
-    about: dict[str, Any] = {"key": f"{identity(run)} {evaluations}", "seed": seed}
+    about: dict[str, Any] = {"key": key_of(run, evaluations), "seed": seed}
     done = {row["winner"] for row in rows.rows if {**row, **about} == row}
     if done == WINNERS:
         return
@@ -91,7 +96,7 @@ def summarise(evaluations: int) -> None:
         path = Path("runs") / f"finals-{network}.jsonl"
         if not path.exists():
             continue
-        key = f"{identity(workspace(experiment))} {evaluations}"
+        key = key_of(workspace(experiment), evaluations)
         rows = [row for row in read_lines(path) if row["key"] == key]
         everything += rows
         for name in ("search", "finals"):
@@ -102,7 +107,7 @@ def summarise(evaluations: int) -> None:
         sd = f" ± {value['sd']:.2f}" if value["sd"] is not None else ""
         print(f"{name:24}{value['value']:7.2f}{sd}  {value['unit']}  (n = {value['n']})")
     if everything:
-        print(results.write("finals", figures, everything), flush=True)
+        print(results.write("finals", figures, everything, keep=True), flush=True)
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def judge(
     """A row for each finished search of one seed."""
     (dense,) = (row for row in rows if row["kind"] == "dense")
     accuracy = {row["digest"]: row["accuracy"] for row in rows if row["kind"] == "checked"}
-    judged = []
+    judged: list[dict[str, Any]] = []
     for row in rows:
         if row["kind"] != "done":
             continue
@@ -83,10 +83,12 @@ def judge(
             (dense["bytes"] / r.measurement.bytes, accuracy[r.schedule.digest()]) for r in worth
         ]
         good = [ratio for ratio, value in checked if value >= dense["checked"] - GOOD / 100]
+        about: dict[str, Any] = {
+            key: row[key] for key in ("searcher", "budget", "commit") if key in row
+        }
         judged.append(
             {
-                "searcher": row["searcher"],
-                "budget": row["budget"],
+                **about,
                 "evaluations": len(records),
                 "searched": volume(searched, dense["searched"], target),
                 "checked": volume(checked, dense["checked"], target),
@@ -142,11 +144,15 @@ def figures_of(network: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         figures[f"{name}{count}_{network}"] = checked
         searched = statistics.mean(r["searched"] for r in mine)
         ratios = [r["ratio"] for r in mine if r["ratio"] is not None]
+        unit = "times fewer bytes at 1 point or less, of the seeds that reach it"
+        # None of them: written too, or what was measured before would stay.
+        none = {"value": None, "unit": unit, "sd": None, "n": 0}
+        figures[f"{name}{count}_ratio_{network}"] = ratio = (
+            results.figure(ratios, unit) if ratios else none
+        )
         text = f"{name:12}{count:12}{len(mine):6}{searched:10.3f}"
         text += f"{checked['value']:10.3f} ± {checked['sd'] or 0:.3f}"
         if ratios:
-            ratio = results.figure(ratios, "times fewer bytes at 1 point or less")
-            figures[f"{name}{count}_ratio_{network}"] = ratio
             text += f"{ratio['value']:10.1f} ± {ratio['sd'] or 0:.1f} (n = {len(ratios)})"
         print(text)
     for budget in sorted({count for name, count in volumes if name == "ppo"}):

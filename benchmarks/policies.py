@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlcompress import spec
+from rlcompress.core.files import save_bytes
 from rlcompress.core.learned import Lessons, fit
 from rlcompress.core.policy import LEARNED, save_policy
 from rlcompress.rl.play import environment_options
@@ -66,8 +67,9 @@ def held_out_policy(network: str, seed: int, episodes: int = 0, *, quick: bool =
     played = f"-ppo{episodes}" if episodes else ""
     place = "transfer-quick" if quick else "transfer"
     folder = Path("runs") / place / f"without-{family}-{seed}{played}"
-    if not (folder / "done").exists():
-        run = zoo(quick=quick)
+    run, done = zoo(quick=quick), folder / "done"
+    made_of = run.inputs.policy
+    if not done.exists() or done.read_text() != made_of:
         chosen = {n: m for n, m in members(run).items() if not n.startswith(family)}
         sampled = {name: sample(member) for name, member in chosen.items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,5 +82,5 @@ def held_out_policy(network: str, seed: int, episodes: int = 0, *, quick: bool =
             policy, episodes = play_zoo(run, chosen, sampled, learned, folder, episodes)
         about = {"networks": list(chosen), "seed": seed, "episodes": episodes}
         save_policy(folder, policy, {**about, **environment_options(ppo)})
-        (folder / "done").touch()
+        save_bytes(done, made_of.encode())
     return folder

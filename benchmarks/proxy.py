@@ -277,7 +277,7 @@ def summarise(settings: Settings) -> None:
             figures[f"cost_{network}"] = figures[f"cost_{recovery}_{network}"]
         everything += [{k: v for k, v in row.items() if k != "schedule"} for row in rows]
     if everything:
-        print(results.write("proxy", figures, everything), flush=True)
+        print(results.write("proxy", figures, everything, keep=True), flush=True)
 
 
 def main() -> None:

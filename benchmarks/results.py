@@ -59,16 +59,18 @@ def _claim(path: Path) -> None:
 
 class Rows:
     """A file of measured rows, each on the disk before `append` returns, so that a benchmark
-    that is stopped goes on behind them. One process may write it, any may read it."""
+    that is stopped goes on behind them; each with the `commit` that measured it. One process may
+    write it, any may read it."""
 
     def __init__(self, path: Path) -> None:
         _claim(path)
         self.rows = read_lines(path)
-        self._file = JsonLines(path)
+        self._file, self._commit = JsonLines(path), commit()
 
     def append(self, row: Mapping[str, Any]) -> None:
+        row = {"commit": self._commit, **row}
         self._file.append(json.dumps(row, separators=(",", ":")))
-        self.rows.append(dict(row))
+        self.rows.append(row)
 
 
 def _git(*words: str) -> str:
@@ -83,7 +85,10 @@ def commit() -> str:
 
 
 #: What a row is about, beside its seed.
-ABOUT = ("network", "method", "searcher", "budget", "score", "target", "part", "recovery", "keep")
+ABOUT = (
+    *("network", "method", "searcher", "budget", "score", "sensitivity", "target"),
+    *("part", "recovery", "keep"),
+)
 
 
 def _about(row: Mapping[str, Any]) -> str:
@@ -97,8 +102,9 @@ def write(
     *,
     keep: bool = False,
 ) -> Path:
-    """Writes a result file and returns its path. `keep`: what the file has of networks, methods and
-    budgets that were not measured this time stays, with the `commit` that measured it."""
+    """Writes a result file and returns its path; its `commit` and `command` are those of this
+    summary. `keep`: what the file has of networks, methods and budgets that were not measured this
+    time stays, with the `commit` of its own summary where it names none."""
     path = FOLDER / f"{name}.json"
     stayed: list[dict[str, Any]] = []
     if keep and path.exists():

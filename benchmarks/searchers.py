@@ -19,6 +19,9 @@ ratio     dense bytes / least bytes within 1 point of dense, `checked`
 `--score`: what the searches go by, and whose front is checked. Figures of another than `kl` end
 with its name.
 
+`--after`: a search that goes on with more evaluations keeps the probes that it had. The knapsack
+does nothing else than to probe and to solve: with another number it is another search.
+
 `ppo100_minus_best100_NETWORK`: relative difference of the checked volume, paired by seed, between
 ppo and whichever other searcher has the best mean; the same for other numbers of evaluations.
 
@@ -68,6 +71,9 @@ CHECK_FIT_IMAGES = 1024
 #: Added to the seed that draws the images of the fresh fit.
 CHECK_SEED = 10_000
 SCORES = ("kl", "unexplained")
+SENSITIVITY = "refitted"
+#: Evaluations of the fronts in the picture.
+PICTURED = 100
 #: Searchers whose first evaluations are the probes of `--sensitivity`.
 PROBING = ("knapsack", "local", "ppo")
 
@@ -292,20 +298,22 @@ def summarise(budget: int, sensitivity: str) -> None:
             mine = [row for row in read_lines(path) if row["key"] == key]
             if any(row["kind"] == "done" for row in mine):
                 seed = int(path.stem.rpartition("-")[2])
-                if score == "kl" and path == paths[0]:
+                if score == "kl" and budget == PICTURED and path == paths[0]:
                     picture(network, run, seed, budget, mine)
-                about = {"network": network, "seed": seed}
-                about |= {"score": score, "target": target}
+                about = {"network": network, "seed": seed, "score": score, "target": target}
+                about["sensitivity"] = sensitivity
                 rows += [{**about, **row} for row in judge(mine, target, score)]
         if not rows:
             continue
         everything += rows
         end = "" if score == "kl" else f"_{score}"
+        end += "" if sensitivity == SENSITIVITY else f"_{sensitivity}"
         print(f"\nscore: {score}, {target[0]:g} to {target[1]:g} times", end="")
         figures |= {f"{k}{end}": v for k, v in figures_of(network, rows).items()}
     for name, value in figures.items():
         sd = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
-        print(f"{name:36}{value['value']:8.3f}{sd}  {value['unit']}  (n = {value['n']})")
+        mean = "       -" if value["value"] is None else f"{value['value']:8.3f}"
+        print(f"{name:36}{mean}{sd}  {value['unit']}  (n = {value['n']})")
     if everything:
         print(results.write("searchers", figures, everything, keep=True), flush=True)
 
@@ -322,7 +330,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument(
         "--sensitivity",
-        default="refitted",
+        default=SENSITIVITY,
         choices=("estimated", "measured", "refitted"),
         help="of knapsack, local and ppo; their probes are among their evaluations",
     )
@@ -332,6 +340,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.evaluations, options.seeds = 12, "1,2"
+    if options.after and "knapsack" in options.searchers.split(","):
+        parser.error("--after: the knapsack does not go on, it begins anew; name other --searchers")
     for seed in () if options.summary else options.seeds.split(","):
         for network in options.networks.split(","):
             folder = Path("runs") / f"searchers-{network}-{seed}"

@@ -196,7 +196,7 @@ def summarise(options: argparse.Namespace) -> None:
             continue
         key = key_of(network, workspace(experiment), options)
         rows = [r for r in read_lines(path) if r["key"] == key]
-        everything += rows
+        everything += [{"network": network, **row} for row in rows]
         tests: dict[str, dict[int, float]] = {}
         for row in rows:
             if "test" in row:
@@ -220,7 +220,7 @@ def summarise(options: argparse.Namespace) -> None:
                     "interval95": None if len(both) < 2 else [more - width, more + width],
                 }
     if everything:
-        print(results.write("tickets", figures, everything))
+        print(results.write("tickets", figures, everything, keep=True))
 
 
 def main() -> None:

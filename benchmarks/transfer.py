@@ -253,7 +253,7 @@ def summarise(
     for name, value in figures.items():
         sd = f" ± {value['sd']:.3f}" if value["sd"] is not None else ""
         print(f"{name:48}{value['value']:8.3f}{sd}  (n = {value['n']})")
-    print(results.write("transfer", figures, [*rows, *scale, *ablated]))
+    print(results.write("transfer", figures, [*rows, *scale, *ablated], keep=True))
 
 
 def main() -> None:
