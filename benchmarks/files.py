@@ -250,8 +250,7 @@ def main() -> None:
                 step()
         rows += one.rows
     show(rows)
-    if not args.quick:
-        print(results.write("files", figures(rows), rows))
+    print(results.write("files", figures(rows), rows))
     if any(abs(row["points_from_packed"]) > 0.2 for row in rows if row["file"] == "onnx"):
         raise SystemExit("an ONNX file differs from its packed one by more than 0.2 points")
 

@@ -62,7 +62,7 @@ def once() -> dict[str, Any]:
 
 def main() -> None:
     parser = results.parser(__doc__ or "")
-    parser.add_argument("--quick", action="store_true", help="one repetition, no result file")
+    parser.add_argument("--quick", action="store_true", help="one repetition")
     quick = parser.parse_args().quick
     rows = []
     for _ in range(1 if quick else 3):
@@ -74,8 +74,7 @@ def main() -> None:
     }
     for name, figure in figures.items():
         print(f"{name}: {figure['value']:.1f} s (median of {figure['n']})")
-    if not quick:
-        print(results.write("first_run", figures, rows))
+    print(results.write("first_run", figures, rows))
 
 
 if __name__ == "__main__":
