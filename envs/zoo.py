@@ -53,6 +53,7 @@ class ZooEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         self.action_space = gym.spaces.Discrete(actions)
         self.observation_space = observation_space(actions)
         self._own_rng = None if seed is None else np.random.default_rng(seed)
+        self.episodes: Episodes | None = None
 
     def own_stream(self, seed: Any) -> None:
         """The `seed` argument, later: from here on the seeds of `reset` are ignored."""
@@ -80,6 +81,8 @@ class ZooEnv(gym.Env[dict[str, np.ndarray], np.int64]):
     def step(
         self, action: np.int64
     ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        if self.episodes is None:
+            raise gym.error.ResetNeeded("call reset before step")
         reward_N, infos = self.episodes.step(np.array([action]))
         reward = float(reward_N[0])
         if not infos:
@@ -88,4 +91,5 @@ class ZooEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         return self._observation(), reward, True, False, {**infos[0], "network": self.member.name}
 
     def _observation(self) -> dict[str, np.ndarray]:
+        assert self.episodes is not None
         return {name: array[0].copy() for name, array in self.episodes.observation.items()}

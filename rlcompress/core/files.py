@@ -131,6 +131,6 @@ def read_archive(path: Path) -> list[Record]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}: not a measured schedule ({error}); "
-                "remove the line, or start over with --fresh"
+                "remove it and its searcher's lines behind it, or start over with --fresh"
             ) from error
     return records

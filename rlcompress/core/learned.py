@@ -76,6 +76,8 @@ def columns_of(
         return np.log10(np.maximum(table, _FLOOR) / scale)
 
     def rank(table_RC: np.ndarray) -> np.ndarray:
+        if not len(table_RC):
+            return table_RC  # a network without groups
         return (table_RC[None] < table_RC[:, None]).mean(1)
 
     full_L = np.full((1, len(layers)), FULL_PRECISION)
@@ -216,7 +218,7 @@ class Lessons:
             real(layer_columns),
             real(finite),
             real(losses.quantize_LB),
-            torch.tensor(keep_SG).reshape(len(records), -1),
+            torch.tensor(keep_SG, dtype=torch.long).reshape(len(records), len(network.groups)),
             torch.tensor(bits_SL),
             real(remove_SS @ kl_S),
             real(remove_SS),

@@ -22,6 +22,8 @@ OBJECT_STORE_BYTES = 2**30
 #: For a cluster to say that it is there.
 ANSWER_SECONDS = 10.0
 
+#: Addresses of the Rays that this process has started.
+_started: set[str] = set()
 _shared: dict[int, tuple[Bundle, Any]] = {}
 _problems: dict[str, Problem] = {}
 
@@ -61,12 +63,26 @@ def start_ray(ppo: PPOSpec) -> None:
         except Exception as error:  # a plain one, where its daemons take more than 30 s
             raise OutsideError(
                 f"Ray did not start on this machine: {first_line(error)} The same command goes on "
-                "when it is less busy; without Ray: --set ppo.num_env_runners=0"
+                "when it is less busy; without Ray: --searcher transfer --set ppo.num_env_runners=0"
             ) from error
     for name in ("ray", "ray.rllib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not address:
+        _started.add(ray.get_runtime_context().gcs_address)
         require_gpus(ppo, int(ray.cluster_resources().get("GPU", 0.0)))
+
+
+def require_room(ppo: PPOSpec) -> None:
+    """Raises UserError where env runners would wait for ever: a Ray that an earlier call started
+    here, with fewer CPUs, gets no more."""
+    if ray.get_runtime_context().gcs_address not in _started:
+        return
+    there = ray.cluster_resources().get("CPU", 0.0)
+    if ppo.num_env_runners > there:
+        raise UserError(
+            f"ppo.num_env_runners = {ppo.num_env_runners}: this process started Ray with "
+            f"{there:g} CPUs; ray.shutdown() first"
+        )
 
 
 def require_gpus(ppo: PPOSpec, there: int) -> None:

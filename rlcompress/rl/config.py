@@ -108,7 +108,8 @@ def config(
         )
         .callbacks(CompressionCallbacks)
         .fault_tolerance(restart_failed_env_runners=True)
-        .debugging(seed=seed, log_level="ERROR")
+        # NumPy takes 32 bits; runners count on from it.
+        .debugging(seed=seed % 2**31, log_level="ERROR")
     )
 
 

@@ -16,7 +16,7 @@ from rlcompress.core.policy import LEARNED, Policy
 from rlcompress.core.process import settle_process
 from rlcompress.core.schedule import Record
 from rlcompress.core.training import Training
-from rlcompress.rl.cluster import start_ray
+from rlcompress.rl.cluster import require_room, start_ray
 from rlcompress.rl.config import arrays, config, going_on, learn, record_of
 from rlcompress.rl.play import environment_options, policy_shape
 from rlcompress.rl.transfer import tempered
@@ -67,6 +67,7 @@ def train(
         return
     lanes, batch, policy = left
     start_ray(ppo)
+    require_room(lanes)
     register_env(REGISTERED, make)
     shape = policy.shape
     if training.agent.learned is not None:

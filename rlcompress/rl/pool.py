@@ -12,6 +12,7 @@ import gymnasium as gym
 import ray
 import torch
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.policy import Policy
 from rlcompress.core.prior import Losses
 from rlcompress.core.problem import Bundle
@@ -56,9 +57,18 @@ class Pool:
             # In a list: an object reference of its own would arrive as the object.
             waiting.append(remote.remote([reference], *arguments))
             if len(waiting) > 2 * self.workers:
-                yield ray.get(waiting.popleft())
+                yield _got(waiting.popleft())
         while waiting:
-            yield ray.get(waiting.popleft())
+            yield _got(waiting.popleft())
+
+
+def _got(reference: Any) -> dict[str, Any]:
+    """Raises a worker's UserError as it is."""
+    try:
+        found: dict[str, Any] = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, UserError) else error) from None
+    return found
 
 
 def _measure(bundle: list[Any], schedule: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ray.tune.registry import register_env
 from rlcompress.core.policy import LEARNED, PRIOR, Agent, Policy, load_policy, save_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record
-from rlcompress.rl.cluster import share, start_ray
+from rlcompress.rl.cluster import require_room, share, start_ray
 from rlcompress.rl.config import (
     arrays,
     config,
@@ -28,6 +28,7 @@ from rlcompress.rl.config import (
     playing,
     record_of,
     trained,
+    within,
 )
 from rlcompress.rl.environment import make
 from rlcompress.rl.play import ENVIRONMENT, environment_options, greedy, policy_shape
@@ -64,6 +65,8 @@ def search(
                   then plays at the temperature that this was trained at
     on_iteration  gets a row of the learning curve: evaluation, mean_return, entropy, loss
     """
+    if len(history) >= settings.evaluations:
+        return
     problem.require_reachable(settings.target)
     problem = prepared(problem, begin)
     ppo = tempered(ppo, begin)
@@ -82,7 +85,9 @@ def search(
     guesses = targets(settings, min(free, MOST_FIRST, max(1, round(FIRST * free))))
     first = len(spent) + len(guesses)
     last = len(targets(settings, min(total - first, max(1, round(LAST * free)))))
-    batch = episodes_of(ppo, total - first - last)
+    # Never more environments than episodes: nothing would be trained.
+    lanes = within(ppo, max(1, total - first - last))
+    batch = episodes_of(lanes, total - first - last)
     # Whole iterations only: an episode that is played is an episode in the archive.
     end = first + (total - first - last) // batch * batch
 
@@ -101,10 +106,11 @@ def search(
 
     if count + batch <= end:
         start_ray(ppo)
+        require_room(lanes)
         register_env(REGISTERED, make)
         options = {"target": settings.target, **environment_options(ppo)}
         algorithm_config = config(
-            ppo,
+            lanes,
             shape,
             arrays(policy) if known else None,
             environment=REGISTERED,

@@ -34,9 +34,10 @@ SIZES = 24
 
 def prepared(problem: Problem, agent: Agent) -> Problem:
     """The problem with a prior on the losses that `agent` has learned. They are of layers that
-    are refitted: where the search does not refit, the prior stays as it is."""
+    are refitted: where the search does not refit, the prior stays as it is; as it does where the
+    agent has learned none."""
     evaluator = problem.evaluator
-    if evaluator.recovery != "reconstruct":
+    if agent.learned is None or evaluator.recovery != "reconstruct":
         return problem
     losses = agent.losses(problem.network, evaluator.costs, evaluator.estimates)
     return problem.with_losses(losses)

@@ -28,9 +28,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.files import JsonLines, read_archive
+from rlcompress.core.observation import OBSERVATION_VERSION
 from rlcompress.core.pareto import best_at_floor, hypervolume
-from rlcompress.core.policy import Agent
+from rlcompress.core.policy import Agent, load_policy
 from rlcompress.core.problem import Bundle, Problem
 from rlcompress.core.schedule import Record
 from rlcompress.schema import PPOSpec, SpaceSpec, TuneSpec
@@ -277,8 +279,14 @@ def _begun(folder: Path) -> dict[str, dict[str, bytes]]:
     """The furthest checkpoint of every trial, file by file."""
     best: dict[str, tuple[int, Path]] = {}
     for options in folder.glob("trials-*/*/checkpoint_*/options.json"):
-        name = digest(json.loads(options.read_text()))
-        count = len(read_archive(options.parent / "archive.jsonl"))
+        # Copied file by file: a driver that was killed meanwhile left a piece of it.
+        try:
+            name = digest(json.loads(options.read_text()))
+            count = len(read_archive(options.parent / "archive.jsonl"))
+            if (options.parent / "policy.json").exists():
+                load_policy(options.parent, OBSERVATION_VERSION)
+        except (ValueError, UserError):
+            continue
         if count > best.get(name, (-1, options))[0]:
             best[name] = count, options.parent
     files = ("archive.jsonl", "policy.json", "policy.safetensors")

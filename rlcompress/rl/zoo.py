@@ -14,7 +14,7 @@ from ray.tune.registry import register_env
 
 from rlcompress.core.policy import Policy
 from rlcompress.core.problem import Bundle, Member
-from rlcompress.rl.cluster import problem_of, start_ray
+from rlcompress.rl.cluster import problem_of, require_room, start_ray
 from rlcompress.rl.config import arrays, config, going_on, learn
 from rlcompress.rl.play import environment_options
 from rlcompress.schema import PPOSpec
@@ -62,11 +62,15 @@ def train(
     """Goes on with `policy` for some episodes and yields what each found: network, schedule,
     measurement, target, return. The policy is saved in `folder` after every iteration; cut off
     after `played` episodes, it goes on with that."""
+    # Of several a runner, RLlib ends a round with the shortest networks' episodes, and drops the
+    # others.
+    ppo = ppo.model_copy(update={"num_envs_per_env_runner": 1})
     left = going_on(ppo, policy, folder, episodes, played)
     if left is None:
         return
     lanes, batch, policy = left
     start_ray(ppo)
+    require_room(lanes)
     register_env(REGISTERED, make)
     first = bundles[0].estimates
     actions = len(first.keeps) * len(first.bits)

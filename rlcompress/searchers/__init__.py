@@ -4,16 +4,19 @@
 
 `history` holds the records this searcher has already measured; the iterator goes on behind
 them and numbers evaluations from `len(history) + 1`. `measure` turns schedules into
-measurements, here or on a cluster. One's own is named as "package.module:function".
+measurements, here or on a cluster. One's own is named as "package.module:function"; of what it
+yields as many count as there are evaluations left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import islice
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.models import find_factory
+from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record
 from rlcompress.searchers.base import Measure, Search, Settings, in_process
 
@@ -28,9 +31,18 @@ def find(name: str) -> Search:
     if ":" in name:
         own = find_factory(name, {})
 
-        def search(*args: Any, **kwargs: Any) -> Iterator[Record]:
-            # The archive knows it by the name that the experiment has for it.
-            return (replace(record, searcher=name) for record in own(*args, **kwargs))
+        def search(
+            problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure
+        ) -> Iterator[Record]:
+            found, done = own(problem, settings, history, measure), len(history)
+            if not isinstance(found, Iterable):
+                raise UserError(f"{name}: returns {found!r}, not an iterator of Records")
+            left = max(0, settings.evaluations - done)
+            for number, record in enumerate(islice(found, left), start=done + 1):
+                if not isinstance(record, Record):
+                    raise UserError(f"{name}: yields {record!r}, not a Record")
+                # The archive knows it by the name that the experiment has for it.
+                yield replace(record, searcher=name, evaluation=number)
 
         return search
     from rlcompress.searchers import evolution, knapsack, local, random, taylor, uniform

@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.prior import Losses
 from rlcompress.core.probes import halving, measured_losses, probes
 from rlcompress.core.problem import Problem
@@ -87,13 +88,24 @@ def measured_in_batches(
 ) -> Iterator[Record]:
     """The same for a searcher that learns from measurements. It replays `history` from its
     evaluation `before` on, so what it proposes must follow from the measurements it was sent, never
-    from the budget. Workers measure a batch side by side."""
+    from the budget. Workers measure a batch side by side. Raises UserError where history is not
+    what it proposes."""
     done = before
     try:
         batch = next(batches)
         while done < settings.evaluations:
             batch = batch[: settings.evaluations - done]
-            known = [r.measurement for r in history[done : done + len(batch)]]
+            past = history[done : done + len(batch)]
+            for number, (record, (schedule, _)) in enumerate(
+                zip(past, batch, strict=False), start=done + 1
+            ):
+                if record.schedule != schedule:
+                    raise UserError(
+                        f"{name}: evaluation {number} in the archive is not what this search "
+                        "proposes there: a line is gone, or another version began it; remove its "
+                        "lines from there on, or start over with --fresh"
+                    )
+            known = [r.measurement for r in past]
             rest = batch[len(known) :]
             fresh = measure([schedule for schedule, _ in rest]) if rest else iter(())
             for (schedule, target), measurement in zip(rest, fresh, strict=True):

@@ -224,7 +224,13 @@ def search(
         yield from ((record.schedule, None) for record in spent)
         sizes = targets(settings, MOST_TARGETS)
         wanted = [sizes[i] for i in spread_order(len(sizes))]
-        yield from zip(answers(problem.with_losses(losses), wanted), wanted, strict=True)
+        found = zip(answers(problem.with_losses(losses), wanted), wanted, strict=True)
+        # Neighbouring sizes may have one answer.
+        seen: set[Schedule] = set()
+        for schedule, target in found:
+            if schedule not in seen:
+                seen.add(schedule)
+                yield schedule, target
 
     past = [*spent, *history[len(spent) :]]
     yield from measured("knapsack", settings, past, measure, proposals())

@@ -37,7 +37,8 @@ def draw(problem: Problem, max_bytes: float, rng: np.random.Generator) -> Schedu
         new = costs.cost(schedule(changed)).bytes
         if abs(np.log(new / max_bytes)) <= abs(np.log(size / max_bytes)):
             drawn, size = changed, new
-    while size > max_bytes:
+    # Where all are at their least, nothing is smaller: the size was asked for within rounding.
+    while size > max_bytes and any(drawn[name] > min(options[name]) for name in names):
         name = names[rng.integers(len(names))]
         drawn[name] = max((v for v in options[name] if v < drawn[name]), default=drawn[name])
         size = costs.cost(schedule(drawn)).bytes

@@ -11,14 +11,15 @@ import numpy as np
 
 from rlcompress.core.problem import Problem
 from rlcompress.core.schedule import Record, Schedule
-from rlcompress.searchers.base import Measure, Settings, measured, spread_order
+from rlcompress.searchers.base import SLACK, Measure, Settings, measured, spread_order
 
 #: Keep ratios that are told apart; neighbours often give the same channels.
 RATIOS = 200
 
 
 def grid(problem: Problem, target: tuple[float, float]) -> list[Schedule]:
-    """Every distinct uniform schedule whose size ratio lies in `target`, largest first."""
+    """Every distinct uniform schedule whose size ratio lies in `target`, or little beyond its high
+    end, largest first."""
     costs, seen = problem.evaluator.costs, set()
     found: list[tuple[int, Schedule]] = []
     for bits in problem.bits:
@@ -26,7 +27,8 @@ def grid(problem: Problem, target: tuple[float, float]) -> list[Schedule]:
             schedule = problem.network.uniform(round(float(ratio), 4), bits)
             channels = (bits, *problem.network.counts(schedule).values())
             size = costs.cost(schedule).bytes
-            if channels not in seen and target[0] <= problem.dense.bytes / size <= target[1]:
+            reached = problem.dense.bytes / size
+            if channels not in seen and target[0] <= reached <= target[1] * SLACK:
                 seen.add(channels)
                 found.append((size, schedule))
     return [schedule for _, schedule in sorted(found, key=lambda pair: -pair[0])]

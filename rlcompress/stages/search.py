@@ -43,6 +43,7 @@ def search_all(run: Workspace) -> list[Record]:
         if _finished(finished, run.inputs.search) >= budgets[name]:
             continue
         if len(mine) < budgets[name]:
+            _require_whole(folder / "archive.jsonl", name, mine)
             _search_with(run, name, budgets[name], mine, records, policy)
         if not any(r.searcher == name for r in records):
             said = (
@@ -58,6 +59,17 @@ def search_all(run: Workspace) -> list[Record]:
     if not (folder / "layers.json").exists():
         _describe_problem(run, folder)
     return run.archive()
+
+
+def _require_whole(path: Path, name: str, mine: list[Record]) -> None:
+    """Raises UserError where a searcher's lines are not its first ones: it would go on as another
+    search."""
+    for number, record in enumerate(mine, start=1):
+        if record.evaluation != number:
+            raise UserError(
+                f"{path}: evaluation {number} of {name} is gone, {record.evaluation} is there; "
+                f"remove the lines of {name} from there on, or start over with --fresh"
+            )
 
 
 def _finished(path: Path, inputs: str) -> int:

@@ -76,3 +76,11 @@ def test_an_episode_is_the_networks_own(env, problems, network):
 def test_a_network_that_is_not_in_the_zoo_is_told(env):
     with pytest.raises(UserError, match=r"network = 'smal': allowed: small, other; did you mean"):
         env.reset(options={"network": "smal"})
+
+
+def test_a_step_before_a_reset_and_behind_the_end_is_told(env):
+    with pytest.raises(gym.error.ResetNeeded, match="call reset before step"):
+        env.unwrapped.step(np.int64(0))
+    play(env)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.unwrapped.step(np.int64(0))

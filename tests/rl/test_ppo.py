@@ -5,6 +5,7 @@ from __future__ import annotations
 import gymnasium as gym
 import pytest
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_json
 from rlcompress.core.policy import Policy, PolicyShape, load_policy
 from rlcompress.core.schedule import Measurement
@@ -87,6 +88,54 @@ def test_a_runner_plays_episodes_in_lockstep(bundle, problem, tmp_path):
         again = problem.evaluator.evaluate(record.schedule)
         assert again.kl == pytest.approx(record.measurement.kl, rel=1e-3, abs=1e-5)
         assert record.measurement.bytes <= problem.dense.bytes / record.target
+
+
+def test_more_environments_than_episodes_still_train(bundle, problem, tmp_path):
+    settings = PPOSpec(num_env_runners=0, num_envs_per_env_runner=64, epochs=1)
+    budget, rows = Settings(24, (4.0, 8.0), 0), list[dict]()
+    records = list(
+        ppo.search(
+            bundle,
+            problem,
+            budget,
+            [],
+            ppo=settings,
+            folder=tmp_path,
+            on_iteration=rows.append,
+        )
+    )
+    assert [r.evaluation for r in records] == list(range(1, 25))
+    assert rows
+    assert load_policy(tmp_path, 2)[1]["episodes"] > 0
+    # As many as there are, or more: nothing is left.
+    assert not list(ppo.search(bundle, problem, budget, records, ppo=settings, folder=tmp_path))
+
+
+def test_a_large_seed(bundle, problem, tmp_path):
+    settings = PPOSpec(num_env_runners=0, episodes_per_iteration=4, epochs=1)
+    budget = Settings(12, (4.0, 8.0), 2**32 - 1)
+    records = list(ppo.search(bundle, problem, budget, [], ppo=settings, folder=tmp_path))
+    assert [r.evaluation for r in records] == list(range(1, 13))
+
+
+def test_a_ray_of_ours_that_is_too_small_is_told():
+    from rlcompress.rl import cluster
+
+    cluster.start_ray(PPOSpec())
+    cluster.require_room(PPOSpec(num_env_runners=1))
+    with pytest.raises(UserError, match=r"this process started Ray with \d+ CPUs; ray.shutdown"):
+        cluster.require_room(PPOSpec(num_env_runners=999))
+
+
+def test_the_pool_tells_a_workers_mistake(bundle, problem):
+    from rlcompress.rl import cluster, pool
+
+    def mistaken(bundle: list) -> dict:
+        raise UserError("no such module")
+
+    cluster.start_ray(PPOSpec())
+    with pytest.raises(UserError, match=r"^no such module$"):
+        list(pool.Pool(bundle, workers=1)._map(mistaken, [()]))
 
 
 def test_the_pool_keeps_the_order(bundle, problem):
