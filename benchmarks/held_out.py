@@ -82,7 +82,7 @@ def decades(row: dict[str, Any]) -> float:
 
 def summarise() -> None:
     keys = {name: key_of(run) for name, run in members(zoo()).items()}
-    rows = [row for row in read_lines(ROWS) if row.get("key") == keys[row["network"]]]
+    rows = [row for row in read_lines(ROWS) if row.get("key") == keys.get(row["network"], "")]
     names = list(dict.fromkeys(row["network"] for row in rows))
     means = {
         name: statistics.mean(decades(row) for row in rows if row["network"] == name)

@@ -51,6 +51,7 @@ def finals(run: Workspace, name: str, records: Sequence[Record]) -> list[Record]
     one is a line of `search/finals.jsonl`, and none is measured twice."""
     e = run.experiment
     left = candidates(run, records)
+    inputs = run.inputs.search  # asked once: it hashes the file of `dense.weights`
     images, fitted = len(run.splits[1]), 2 * e.calibration.fit_images
     rungs = [
         Rung(images, fitted, (e.seed,)),
@@ -66,7 +67,7 @@ def finals(run: Workspace, name: str, records: Sequence[Record]) -> list[Record]
             measured, floor = [], 0.0
             for record in left:
                 schedule = record.schedule.to_json()
-                key = (f"{run.inputs.search} {rung}", schedule)
+                key = (f"{inputs} {rung}", schedule)
                 if key not in known:
                     if not evaluators:
                         dense = run.network("trained").to(run.device)
