@@ -357,9 +357,9 @@ def _fill(shaped: _Shaped, table: Table, data: bytes, begin: int) -> Artifact:
         return bytes(view[at - length : at])
 
     def floats(module: nn.Module, name: str) -> None:
-        shape = getattr(module, name).shape
-        values = np.frombuffer(take(FLOAT_BYTES * shape.numel()), "<f4").copy()
-        _put(module, name, torch.from_numpy(values).reshape(shape))
+        built = getattr(module, name)
+        values = np.frombuffer(take(FLOAT_BYTES * built.numel()), "<f4").copy()
+        _put(module, name, torch.from_numpy(values).reshape(built.shape).to(built.dtype))
 
     bits: dict[str, int] = {}
     scales: dict[str, torch.Tensor] = {}

@@ -135,8 +135,12 @@ def as_call(name: str, module: nn.Conv2d | nn.Linear, x: torch.Tensor) -> Call:
     weight = float_weight(module)
     if isinstance(module, nn.Linear):
         return _linear(name, x, weight, module.bias)
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x = F.pad(x, module._reversed_padding_repeated_twice, module.padding_mode)
+        padding = 0
     return _convolution(
-        name, x, weight, module.bias, module.stride, module.padding, module.dilation, module.groups
+        name, x, weight, module.bias, module.stride, padding, module.dilation, module.groups
     )
 
 

@@ -39,7 +39,7 @@ def unpack_codes(data: bytes, count: int, bits: int) -> np.ndarray:
 
 
 def _finite(values: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    array = values.detach().float().cpu().numpy() if isinstance(values, torch.Tensor) else values
     if not np.isfinite(array).all():
         raise UserError(f"{name}: a number in it is not finite; nothing was written")
     return array

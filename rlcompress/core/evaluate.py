@@ -27,7 +27,7 @@ from torch import nn
 from rlcompress.core.cache import ByteCache
 from rlcompress.core.calls import Call, layer_weights
 from rlcompress.core.cost import CostModel
-from rlcompress.core.fitted import network_of
+from rlcompress.core.fitted import CutNetwork, network_of, trained, trainee
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.inputs import (
     class_problems,
@@ -48,7 +48,7 @@ from rlcompress.core.positions import (
 from rlcompress.core.prefix import FittedLayer, Prefix, Step
 from rlcompress.core.process import pick_dtype
 from rlcompress.core.prune import kept_channels
-from rlcompress.core.quant import attach_fake_quant, fake_quantize, scale_of, unexplained
+from rlcompress.core.quant import fake_quantize, scale_of, unexplained
 from rlcompress.core.reconstruct import RIDGES, Fit, free_means, refit
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, parse_recovery
 from rlcompress.core.sensitivity import Estimates
@@ -130,6 +130,11 @@ class Evaluator(ABC):
         other._empty()
         return other
 
+    def _low_precision(self) -> torch.autocast:
+        """In which all that is not a layer of a candidate is computed."""
+        device, low = self._batch.device.type, self.dtype != torch.float32
+        return torch.autocast(device, self.dtype, enabled=low)
+
     def _empty(self) -> None:
         """Caches of its own, as large as they were."""
         self._fits = ByteCache(self._fits.max_bytes)
@@ -154,22 +159,29 @@ class Evaluator(ABC):
 
     def finish(self, prefix: Prefix) -> Measurement:
         """The measurement of a prefix in which every layer is decided."""
-        logits = self._retrained(prefix) if self.steps else self._outputs(prefix)
         unexplained = float(np.mean(prefix.unexplained)) if prefix.unexplained else 0.0
-        scored = logits[self.fit_count - self._count :]
+        if self.steps:
+            _, model = self._train(prefix)
+            with torch.inference_mode():
+                scored = model(self._batch[self.fit_count :].clone())
+        else:
+            scored = self._outputs(prefix)[self.fit_count - self._count :]
         return self._measure(self.schedule(prefix), scored, unexplained)
 
-    def _retrained(self, prefix: Prefix) -> torch.Tensor:
-        """(S, classes) after `steps` of quantization-aware distillation on the fitted images."""
-        small = network_of(self._model, self.network, prefix)
-        attach_fake_quant(small.model, self.network, self.schedule(prefix).bits, small.scales)
-        fit, score = self._batch[: self.fit_count], self._batch[self.fit_count :]
+    def retrained(self, prefix: Prefix) -> CutNetwork:
+        """The network of a prefix in which every layer is decided, after `steps` of training."""
+        start, model = self._train(prefix)
+        return trained(start, self.network, model)
+
+    def _train(self, prefix: Prefix) -> tuple[CutNetwork, nn.Module]:
+        """The network before and after `steps` of quantization-aware distillation."""
         with torch.inference_mode(False), torch.enable_grad():
-            taught = self._dense_logits[: self.fit_count].clone().log_softmax(1)
-            distill(small.model, fit, taught, self.steps, seed=self._seed)
-        with torch.inference_mode():
-            logits: torch.Tensor = small.model(score.clone())
-        return logits
+            start = network_of(self._model, self.network, prefix)
+            model = trainee(start, self.network, self.schedule(prefix).bits)
+            fit, taught = self._batch[: self.fit_count], self._dense_logits[: self.fit_count]
+            taught = taught.clone().log_softmax(1)
+            distill(model, fit, taught, self.steps, seed=self._seed)
+        return start, model
 
     def run(self, schedule: Schedule, *, collect: bool = False) -> Prefix:
         """Every layer decided as `schedule` says."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from torch import nn
 
 from rlcompress.core.graph import Network
 from rlcompress.core.prune import cut
+from rlcompress.core.quant import attach_fake_quant, float_weight, learned_scales
 from rlcompress.core.reading import NORMS
 from rlcompress.core.schedule import Schedule
 
@@ -32,12 +35,16 @@ class CutNetwork:
 
 def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -> CutNetwork:
     """What the evaluator scored, as a network: `model`, the evaluator's, cut by `schedule`, with
-    refitted float weights and batch statistics, in eval mode; `model` itself stays whole.
+    refitted float weights and batch statistics, in eval mode, trained where `recovery` says so;
+    `model` itself stays whole.
 
     Takes one evaluation. Raises UserError on groups and layers that the network does not have, and
     on a width that was not estimated.
     """
-    return network_of(model, evaluator.network, evaluator.run(schedule, collect=True))
+    prefix = evaluator.run(schedule, collect=True)
+    if evaluator.steps:
+        return evaluator.retrained(prefix)
+    return network_of(model, evaluator.network, prefix)
 
 
 def network_of(model: nn.Module, network: Network, prefix: Prefix) -> CutNetwork:
@@ -62,6 +69,34 @@ def network_of(model: nn.Module, network: Network, prefix: Prefix) -> CutNetwork
         for name, (mean, variance) in prefix.norms.items():
             _set_statistics(modules[name], mean, variance)
     return CutNetwork(small.eval(), scales)
+
+
+def trainee(start: CutNetwork, network: Network, bits: Mapping[str, int]) -> nn.Module:
+    """A copy that is to be trained quantization-aware. A network that comes frozen is a finished
+    one: what is compressed is trained all the same, and all of it where nothing else is."""
+    model = copy.deepcopy(start.model)
+    whole = not any(parameter.requires_grad for parameter in model.parameters())
+    norms = {layer.batch_norm for layer in network.layers.values()}
+    compressed = {*network.layers, *norms, *(norm.name for norm in network.norms)}
+    for name, module in model.named_modules():
+        if whole or name in compressed:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(parameter.is_floating_point())
+    attach_fake_quant(model, network, bits, start.scales)
+    return model
+
+
+def trained(start: CutNetwork, network: Network, model: nn.Module) -> CutNetwork:
+    """What a `trainee` of `start` has become: float weights and learned scales."""
+    plain = copy.deepcopy(start.model)
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        state = {n: t for n, t in model.state_dict().items() if "parametrizations" not in n}
+        plain.load_state_dict(state, strict=False)
+        for name, module in plain.named_modules():
+            if name in network.layers:
+                module.weight.copy_(float_weight(modules[name]))  # type: ignore[union-attr, operator]
+    return CutNetwork(plain.eval(), {**start.scales, **learned_scales(model)})
 
 
 def _set_statistics(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor) -> None:

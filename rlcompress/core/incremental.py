@@ -90,7 +90,8 @@ class IncrementalEvaluator(Evaluator):
             start = self._run_nodes(self._segments[0], {}, lambda node: batch)
             self._dense_done(self._dense_pass(start))
             batch = batch.to(self.dtype)
-            start = self._run_nodes(self._segments[0], {}, lambda node: batch)
+            with self._low_precision():
+                start = self._run_nodes(self._segments[0], {}, lambda node: batch)
             self._start = Prefix((), start, {}, ())
         self._fits = ByteCache(cache_bytes // 4)
         self._choose_ridges()
@@ -269,11 +270,7 @@ class IncrementalEvaluator(Evaluator):
         collect = collect or self.steps > 0
         if (not collect or self.steps) and (cached := self.cache.get(choices)) is not None:
             return cached
-        device = next(iter(self._weights.values())).device.type
-        with (
-            torch.inference_mode(),
-            torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32),
-        ):
+        with torch.inference_mode(), self._low_precision():
             result = self._advance(prefix, choices, collect)
         if not collect or self.steps:
             self.cache.put(choices, result)

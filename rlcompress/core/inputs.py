@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
     """A model that is somebody's own: in eval mode and without gradients inside, with its modes
-    and gradients of before afterwards. It is called with copies: its code may change them."""
+    and gradients of before afterwards. It is called with copies: its code may change them. What it
+    is called in, autocast or inference mode, is none of its business."""
     training = [module for module in model.modules() if module.training]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     model.eval().zero_grad(set_to_none=True)
     copies = model.register_forward_pre_hook(_copied)
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     try:
-        yield
+        with torch.inference_mode(False), torch.autocast(device, enabled=False):
+            yield
     finally:
         copies.remove()
         for module in training:
@@ -111,9 +114,13 @@ def option_problems(recovery: str, positions: int, precision: str) -> list[str]:
     return found + count_problems(positions=positions)
 
 
-def count_problems(**counts: int) -> list[str]:
-    """Numbers below 1, where there must be one at least."""
-    return [f"{name} = {count}: must be 1 or more" for name, count in counts.items() if count < 1]
+def count_problems(least: int = 1, /, **counts: int) -> list[str]:
+    """Numbers below the `least` that there must be."""
+    return [
+        f"{name} = {count}: must be {least} or more"
+        for name, count in counts.items()
+        if count < least
+    ]
 
 
 def estimate_problems(estimates: Estimates, network: Network) -> list[str]:

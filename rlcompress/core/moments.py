@@ -22,6 +22,9 @@ from rlcompress.core.process import multiplies_bfloat16
 HELD_OUT = 4
 #: Inputs from where on a Gram matrix is computed in parts.
 NARROW = 128
+#: Mean square over mean variance of the inputs, the most that float32 can take the means out of
+#: sums behind: a few thousandths of the variance would be lost.
+MOST_CENTRED = 1000.0
 
 
 @dataclass(frozen=True)
@@ -106,29 +109,38 @@ class Rows:
 
 @dataclass(frozen=True)
 class Factor:
-    """L of X'X + damping = L L', inputs in the order of their energy, least first."""
+    """L of X'X + damping = L L', inputs in the order of their energy, least first; the identity in
+    groups that are not `sound_G`: whose sums are not finite, or not positive definite."""
 
     order_GD: torch.Tensor
     lower_GDD: torch.Tensor
+    sound_G: torch.Tensor
 
     @classmethod
     def of(cls, gram_GDD: torch.Tensor, damping_G: torch.Tensor) -> Factor | None:
-        """`damping_G` as shares of the mean diagonal. None if that is not positive definite."""
+        """`damping_G` as shares of the mean diagonal. None if no group is sound."""
         diagonal_GD = gram_GDD.diagonal(dim1=1, dim2=2)
         order_GD = diagonal_GD.argsort(dim=1)
         damped_GDD = _permuted(gram_GDD, order_GD)
         damping_G = damping_G * diagonal_GD.mean(1) + 1e-8
         damped_GDD.diagonal(dim1=1, dim2=2).add_(damping_G[:, None])
         lower_GDD, info = torch.linalg.cholesky_ex(damped_GDD)
-        if bool(info.any()) or not bool(torch.isfinite(lower_GDD).all()):
+        sound_G = (info == 0) & torch.isfinite(lower_GDD).flatten(1).all(1)
+        if not bool(sound_G.any()):
             return None
-        return cls(order_GD, lower_GDD)
+        if not bool(sound_G.all()):
+            identity = torch.eye(lower_GDD.shape[1]).to(lower_GDD)
+            lower_GDD = torch.where(sound_G[:, None, None], lower_GDD, identity)
+        return cls(order_GD, lower_GDD, sound_G)
 
     def solve(self, right_GDo: torch.Tensor) -> torch.Tensor:
-        """(X'X + damping)^-1 right."""
+        """(X'X + damping)^-1 right; not finite in groups that are not sound."""
         at_GDo = self.order_GD.unsqueeze(2).expand_as(right_GDo)
         found_GDo = torch.cholesky_solve(right_GDo.gather(1, at_GDo), self.lower_GDD)
-        return torch.empty_like(found_GDo).scatter_(1, at_GDo, found_GDo)
+        solved_GDo = torch.empty_like(found_GDo).scatter_(1, at_GDo, found_GDo)
+        if bool(self.sound_G.all()):
+            return solved_GDo
+        return solved_GDo.masked_fill(~self.sound_G[:, None, None], torch.nan)
 
 
 def _permuted(gram_GDD: torch.Tensor, order_GD: torch.Tensor) -> torch.Tensor:
@@ -237,6 +249,10 @@ def _exact_sums(x_PD: torch.Tensor, y_Po: torch.Tensor, mean_D: torch.Tensor) ->
     with _bfloat16_products():
         gram_DD = x_PD.T @ x_PD
     sum_D = x_PD.sum(0)
+    square_D = mean_D.square()
+    deviation = (gram_DD.diagonal() / count - square_D).clamp_min(0).mean()
+    if bool(square_D.amax() > MOST_CENTRED * deviation):
+        return Rows((x_PD - mean_D)[None], y_Po[None]).sums()
     # X'X - s m' - m s' + P m m'
     left_D2 = torch.stack([-sum_D, mean_D], 1)
     gram_DD.addmm_(left_D2, torch.stack([mean_D, count * mean_D - sum_D]))

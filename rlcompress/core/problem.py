@@ -22,6 +22,7 @@ from rlcompress.core.prior import Losses, Prior
 from rlcompress.core.process import settle_process
 from rlcompress.core.schedule import Measurement
 from rlcompress.core.sensitivity import Estimates
+from rlcompress.core.tensors import arrays_of
 
 
 def pick_device(name: str) -> torch.device:
@@ -168,7 +169,7 @@ def make_bundle(
     return Bundle(
         ref=ref,
         network=network,
-        weights={n: t.detach().cpu().contiguous().numpy() for n, t in model.state_dict().items()},
+        weights=arrays_of(model),
         fit_NCHW=fit.images().numpy(),
         score_NCHW=scored.images().numpy(),
         labels_N=scored.labels_N.numpy() if use_labels else None,

@@ -171,6 +171,11 @@ class _Consumers:
         return a_NCP - a_NCP.mean((0, 2), keepdim=True), g_NCP
 
 
+def _evenly(images: torch.Tensor, most: int) -> Sequence[torch.Tensor]:
+    """Chunks of `most` images or a few less: of a single one, channels have no deviation."""
+    return images.tensor_split(-(-len(images) // most))
+
+
 def _first_pass(
     model: nn.Module,
     network: Network,
@@ -185,7 +190,7 @@ def _first_pass(
     importance = {n: np.zeros(g.channels) for n, g in network.groups.items()}
     names = sorted({n for pairs in readers.values() for n, _ in pairs})
     with _Consumers(modules, names) as consumers:
-        for chunk in images.split(FISHER_BATCH):
+        for chunk in _evenly(images, FISHER_BATCH):
             backward(model, chunk, temperature, generator)
             for name in network.layers:
                 gradient = modules[name].weight.grad
@@ -216,7 +221,7 @@ def _cut_costs(
     costs = {name: np.zeros(len(masks)) for name, masks in kept.items()}
     names = sorted({n for pairs in readers.values() for n, _ in pairs})
     with _Consumers(modules, names) as consumers:
-        for chunk in images.split(batch):
+        for chunk in _evenly(images, batch):
             backward(model, chunk, temperature, generator)
             for name, masks in kept.items():
                 signals = torch.zeros(len(masks), len(chunk))
@@ -249,9 +254,10 @@ def estimate(
     keeps      keep ratios, (0, 1], 1.0 among them
     bits       weight bits, 1 to 8
     clip       the rule of `quant.choose_clip`
-    told       how many of `images`, the first ones, are estimated on (None: all). Layers are
-               refitted on the others; where those are less than half as many, on the second half
-               of the first ones, and their first half tells what is then lost
+    batch      images of a pass, 2 or more
+    told       how many of `images`, the first ones, are estimated on: 2 or more (None: all). Layers
+               are refitted on the others; where those are less than half as many, on the second
+               half of the first ones, and their first half tells what is then lost
     positions  sampled output positions a layer for the refit
 
     The model is left as it was. Importance: first-order Taylor expansion (Molchanov et al., 2019,
@@ -260,12 +266,14 @@ def estimate(
 
     Raises UserError, a line for each thing that is wrong with what it is given.
     """
-    counts = {"told": 1 if told is None else told, "batch": batch, "positions": positions}
+    few = {"told": told} if told is not None else {"images": len(images) or 2}
     require(
         [
             *choice_problems(keeps, bits),
             *image_problems("images", images, model, network),
-            *count_problems(**counts),
+            *count_problems(positions=positions),
+            # Channels count by how far they are from their means; no image at all was told above.
+            *count_problems(2, batch=batch, **few),
         ]
     )
     with borrowed(model):

@@ -34,18 +34,12 @@ from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Split
 from rlcompress.core.evaluate import Evaluator
 from rlcompress.core.files import save_bytes
-from rlcompress.core.fitted import CutNetwork, fitted_network
+from rlcompress.core.fitted import CutNetwork, fitted_network, trained, trainee
 from rlcompress.core.fold import snap
 from rlcompress.core.graph import Network
 from rlcompress.core.problem import pick_device
 from rlcompress.core.prune import cut, kept_channels
-from rlcompress.core.quant import (
-    attach_fake_quant,
-    float_weight,
-    learned_scales,
-    mse_clip,
-    scale_of,
-)
+from rlcompress.core.quant import mse_clip, scale_of
 from rlcompress.core.schedule import ARMS, FULL_PRECISION, Schedule
 from rlcompress.core.train import Checkpoint, Recipe, epochs, teach
 
@@ -112,10 +106,8 @@ class Task:
     recipe: Recipe | None = None  # in place of the lesson's
 
     def prepared(self) -> nn.Module:
-        model = copy.deepcopy(self.start.model)
         bits = {name: self.schedule.width(name) for name in self.network.layers}
-        attach_fake_quant(model, self.network, bits, self.start.scales)
-        return model
+        return trainee(self.start, self.network, bits)
 
     def train(self, lesson: Lesson, resume: Checkpoint | None = None) -> Iterator[Checkpoint]:
         """A checkpoint an epoch."""
@@ -139,16 +131,7 @@ class Task:
 
     def result_of(self, model: nn.Module) -> CutNetwork:
         """The network that a `prepared` one has become by training."""
-        scales = {**self.start.scales, **learned_scales(model)}
-        plain = copy.deepcopy(self.start.model)
-        trained = dict(model.named_modules())
-        with torch.no_grad():
-            state = {n: t for n, t in model.state_dict().items() if "parametrizations" not in n}
-            plain.load_state_dict(state, strict=False)
-            for name, module in plain.named_modules():
-                if name in self.network.layers:
-                    module.weight.copy_(float_weight(trained[name]))
-        return CutNetwork(plain.eval(), scales)
+        return trained(self.start, self.network, model)
 
 
 #: Trains (task, checkpoint to go on from) pairs; (number of the task, checkpoint) as they come.

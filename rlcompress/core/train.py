@@ -7,6 +7,7 @@ an undisturbed one does (on one device and thread count). Checkpoints are safete
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
-from rlcompress.core.measure import compare
+from rlcompress.core.measure import compare, divergence
 from rlcompress.core.process import seeded
 from rlcompress.core.schedule import Measurement
 from rlcompress.core.tensors import load_tensors, save_tensors
@@ -90,11 +91,6 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> 
     loss.backward()
     nn.utils.clip_grad_norm_(_parameters(optimizer), 5.0)
     optimizer.step()
-
-
-def imitation(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-    """KL from `taught`, log-probabilities (N, classes), to what `logits` say; mean over images."""
-    return F.kl_div(logits.log_softmax(1), taught, log_target=True, reduction="batchmean")
 
 
 def first_output(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -178,7 +174,8 @@ def epochs(
     Of a network that returns several outputs in training, the first is trained.
 
     With `recipe.distill`: `teacher` sees every augmented batch; without augmentation `taught`
-    (see `teach`) says the same for less. Raises UserError if the loss stops being finite.
+    (see `teach`) says the same for less. A teacher stays as it is. Raises UserError where there is
+    none, and if the loss stops being finite.
     """
     device = next(model.parameters()).device
     model.to(memory_format=torch.channels_last)
@@ -191,10 +188,15 @@ def epochs(
         teacher = taught = None
     elif recipe.augment:
         taught = None
-    elif taught is None and teacher is not None:
-        taught = teach(teacher, data)
-    if taught is not None:
-        taught, teacher = taught.to(device), None
+    elif taught is not None:
+        teacher = None
+    if recipe.distill and teacher is None and taught is None:
+        raise UserError(f"distill = {recipe.distill}: there is no teacher to learn from")
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).eval()
+        if not recipe.augment:
+            taught, teacher = teach(teacher, data), None
+    taught = None if taught is None else taught.to(device)
     steps = max(1, len(data) // recipe.batch_size)
     total = steps * recipe.epochs
     for epoch in range(start, recipe.epochs):
@@ -217,7 +219,7 @@ def epochs(
                     with torch.no_grad():
                         wanted = teacher(images).log_softmax(1)
                 if wanted is not None:
-                    loss = (1 - recipe.distill) * loss + recipe.distill * imitation(logits, wanted)
+                    loss = (1 - recipe.distill) * loss + recipe.distill * divergence(logits, wanted)
                 descend(optimizer, loss, recipe.lr * one_cycle(epoch * steps + i, total))
                 losses.append(loss.detach())
         mean = float(torch.stack(losses).mean())
@@ -287,7 +289,7 @@ def distill(
     with seeded(seed):
         for step in range(steps):
             index = torch.randperm(len(images), generator=generator)[:batch].to(images.device)
-            loss = imitation(first_output(model(images[index])), taught[index])
+            loss = divergence(first_output(model(images[index])), taught[index])
             descend(optimizer, loss, lr * one_cycle(step, steps))
     model.eval()
 

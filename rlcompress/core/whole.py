@@ -114,8 +114,7 @@ class WholeEvaluator(Evaluator):
 
         live = {}
         with torch.inference_mode(), ExitStack() as stack:
-            device, low = self._batch.device.type, self.dtype != torch.float32
-            stack.enter_context(torch.autocast(device, self.dtype, enabled=low))
+            stack.enter_context(self._low_precision())
             small = cut(self._model, self.network, kept)
             for name, module in small.named_modules():
                 if estimated(module) and name not in self._shared:

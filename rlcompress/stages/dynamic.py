@@ -11,6 +11,7 @@ from rlcompress.core.files import JsonLines, read_archive, read_json, save_json
 from rlcompress.core.policy import Agent
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.squeeze import Pace
+from rlcompress.core.tensors import arrays_of
 from rlcompress.core.train import logits_of, measure
 from rlcompress.core.training import Images, Trainer, Training
 from rlcompress.live import console, stage
@@ -28,7 +29,7 @@ def training_of(run: Workspace, agent: Agent) -> Training:
     return Training(
         run.ref,
         run.structure,
-        {n: t.numpy() for n, t in run.network("rewind").state_dict().items()},
+        arrays_of(run.network("rewind")),
         Images.of(run.data.train),
         Images.of(run.splits[1]),
         Pace(d.warmup, d.recovery_steps, d.rounds, d.watch),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlcompress.spec import CalibrationSpec, Experiment, SearchSpec, spec_hash
 
 #: Goes up when the same options come to mean other measurements: older searches are set aside.
-MEASUREMENTS = "9"
+MEASUREMENTS = "10"
 DENSE = ("model", "data", "dense", "seed")
 
 
