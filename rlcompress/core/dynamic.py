@@ -100,7 +100,8 @@ class DynamicCompressor:
         self.squeezed = Squeezed(model, self.network)
         self.signals = Signals(model, self.network, self.keeps, self.bits, clip, seed)
         self.steps = self.decisions = 0
-        self._frozen = False
+        #: `_unsettled`: a pass is to begin, its samples are not all taken.
+        self._frozen = self._unsettled = False
         self._begun: tuple[float, float] | None = None
         self._observer: Observer | None = None
         self._legal_A = np.empty(0, dtype=bool)
@@ -239,7 +240,10 @@ class DynamicCompressor:
             self.signals.wanted.update(self.network.layers)
         self.signals.read(loss)
         if self.steps == begin + 1 and next_round < self.pace.rounds * layers:
+            self._unsettled = True
+        if self._unsettled and not self.signals.unsampled:
             self.signals.settle()
+            self._unsettled = False
         if self.steps + 1 >= self._time_of(self.decisions):
             self.signals.wanted.add(self.layers[self.decisions % layers].name)
 
@@ -383,6 +387,7 @@ class DynamicCompressor:
             "keeps": list(self.keeps),
             "bits": list(self.bits),
             "squeezed": self.squeezed.state_dict(),
+            "unsettled": self._unsettled,
             "begun": None if self._begun is None else list(self._begun),
             "progress": None
             if progress is None
@@ -411,6 +416,7 @@ class DynamicCompressor:
         require(found)
         self.steps, self.decisions = int(state["steps"]), int(state["decisions"])
         self.squeezed.load_state_dict(state["squeezed"])
+        self._unsettled = bool(state["unsettled"])
         self._begun = None if state["begun"] is None else tuple(state["begun"])
         saved = state["progress"]
         self._observer = None

@@ -77,14 +77,22 @@ class Signals:
     ) -> None:
         self.network, self.keeps, self.bits = network, tuple(keeps), tuple(bits)
         self.average = Average()
+        #: Of the last forward pass of training.
         self.images = 0
         #: Whether the forward pass at hand, or the last one, is one of training.
         self._live = False
         #: Whether minibatches are looked at.
         self.listening = False
-        self._moments: dict[str, torch.Tensor] = {}
+        #: Of each forward pass since the last `read`, which may be several (gradients that are
+        #: accumulated): its images; those of whose backward pass there was one; (group, pass) ->
+        #: Taylor terms (N, C), and what the kept channels make up for (N, K).
+        self._passes: list[int] = []
+        self._seen: set[int] = set()
+        self._terms: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._scale = GradientScale()
         self.wanted: set[str] = set()
+        #: Of these, whose input was not finite: another minibatch's is taken.
+        self.unsampled: set[str] = set()
         self._clip = clip
         self._device = next(model.parameters()).device
         self._generator = torch.Generator().manual_seed(seed)
@@ -125,6 +133,7 @@ class Signals:
         if self._live and tensors:
             self.images = len(tensors[0])
             if self.listening:
+                self._passes.append(self.images)
                 self._scale.catch(self._modules.values())
 
     def _listen(self, layer: Layer) -> Any:
@@ -134,8 +143,13 @@ class Signals:
         ) -> None:
             if layer.name not in self.wanted or not self._live:
                 return
+            x = first_input(args, kwargs).detach().float()
+            if not bool(x.isfinite().all()):
+                self.unsampled.add(layer.name)
+                return
             self.wanted.discard(layer.name)
-            call = as_call(layer.name, module, first_input(args, kwargs).detach().float())
+            self.unsampled.discard(layer.name)
+            call = as_call(layer.name, module, x)
             at = sample_positions(call, y.shape, len(y), POSITIONS, self._generator)
             self.patches[layer.name] = patches(call, at, layer.conv_groups)
             if layer.kind != "depthwise":
@@ -162,8 +176,8 @@ class Signals:
                 return None
             mine = x.view_as(x)
             # The hook must not hold the tensor it hangs on: no collector would find that cycle.
-            seen = mine.detach()
-            mine.register_hook(lambda gradient: self._take(layer, seen, gradient))
+            seen, place = mine.detach(), len(self._passes) - 1
+            mine.register_hook(lambda gradient: self._take(layer, place, seen, gradient))
             if args:
                 return (mine, *args[1:]), kwargs
             return (), {**kwargs, next(iter(kwargs)): mine}
@@ -171,11 +185,13 @@ class Signals:
         return hook
 
     @torch.no_grad()
-    def _take(self, layer: Layer, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        if not self.images or len(x) % self.images:
+    def _take(self, layer: Layer, place: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        images = self._passes[place] if 0 <= place < len(self._passes) else 0
+        if not images or len(x) % images:
             return
-        few = min(IMAGES, self.images)
-        entries = few * (len(x) // self.images)  # attention folds windows into images
+        self._seen.add(place)
+        few = min(IMAGES, images)
+        entries = few * (len(x) // images)  # attention folds windows into images
         for link in layer.inputs:
             if any(name == layer.name for name, _ in self._readers[link.group]):
                 channels = self.network.groups[link.group].channels
@@ -187,9 +203,20 @@ class Signals:
                     for t in (x, gradient)
                 )
                 a_NCP = a_NCP - a_NCP.mean((0, 2), keepdim=True)
-                moment_NCC = (g_NCP * self.images) @ a_NCP.transpose(1, 2)
-                known = self._moments.get(link.group)
-                self._moments[link.group] = moment_NCC if known is None else known + moment_NCC
+                self._add(link.group, place, a_NCP, g_NCP)
+
+    def _add(self, group: str, place: int, a_NCP: torch.Tensor, g_NCP: torch.Tensor) -> None:
+        """Terms are sums over readers, whose moments need not be kept: they are large."""
+        moment_NCC = g_NCP @ a_NCP.transpose(1, 2)
+        taylor_NC, predicted_NK = moment_NCC.diagonal(dim1=1, dim2=2).clone(), None
+        if group in self._predictors:
+            predicted_NK = moment_NCC.flatten(1) @ self._predictors[group].flatten(1).T
+        known_NC, known_NK = self._terms.get((group, place), (None, None))
+        if known_NC is not None:
+            taylor_NC += known_NC
+        if predicted_NK is not None and known_NK is not None:
+            predicted_NK += known_NK
+        self._terms[group, place] = taylor_NC, predicted_NK
 
     def require_gradients(self) -> None:
         """Raises UserError where no weight has a gradient, or none came of the model's training."""
@@ -216,29 +243,37 @@ class Signals:
         if not bool(norm.isfinite()):
             self._forget()
             return
+        # The gradients are those of a mean over all that went through since the last one.
+        passes = [self._passes[place] for place in sorted(self._seen)] or self._passes
+        images = sum(passes) or self.images
         for name, square in squares.items():
-            average.add(f"fisher/{name}", square * self.images)
+            average.add(f"fisher/{name}", square * images)
         for name, value in (("loss", torch.as_tensor(loss)), ("gradient", norm)):
             value = value.detach().float().cpu()
             average.add(f"{name}/fast", value)
             average.add(f"{name}/slow", value, SLOW)
-        scale = self._scale.value()
-        for group, moment_NCC in self._moments.items():
-            self._average(group, moment_NCC * scale)
+        scale = self._scale.value() * images
+        for group in dict.fromkeys(group for group, _ in self._terms):
+            parts = [terms for (name, _), terms in self._terms.items() if name == group]
+            predicted = [part for _, part in parts if part is not None]
+            whole_NK = torch.cat(predicted) * scale if len(predicted) == len(parts) else None
+            self._average(group, torch.cat([part for part, _ in parts]) * scale, whole_NK)
         self._forget()
 
     def _forget(self) -> None:
         """The minibatch."""
-        self._moments.clear()
+        self._terms.clear()
+        self._passes.clear()
+        self._seen.clear()
         self._scale.let_go()
 
-    def _average(self, group: str, moment_NCC: torch.Tensor) -> None:
-        taylor_NC = moment_NCC.diagonal(dim1=1, dim2=2)
+    def _average(
+        self, group: str, taylor_NC: torch.Tensor, predicted_NK: torch.Tensor | None
+    ) -> None:
         self.average.add(f"importance/{group}", 0.5 * taylor_NC.square().mean(0).cpu())
-        if group not in self._predictors:
+        if predicted_NK is None:
             return
         direct_NK = taylor_NC @ self._gone[group].T
-        predicted_NK = moment_NCC.flatten(1) @ self._predictors[group].flatten(1).T
         self.average.add(f"plain/{group}", 0.5 * direct_NK.square().mean(0).cpu())
         left_NK = direct_NK - predicted_NK
         self.average.add(f"refit/{group}", 0.5 * left_NK.square().mean(0).cpu())
@@ -378,6 +413,7 @@ class Signals:
             "clips": {n: torch.from_numpy(shares) for n, (shares, _) in self._tables.items()},
             "output_kl": {n: torch.from_numpy(kl) for n, (_, kl) in self._tables.items()},
             "wanted": sorted(self.wanted),
+            "unsampled": sorted(self.unsampled),
             "images": self.images,
             "listening": self.listening,
             "generator": self._generator.get_state(),
@@ -399,6 +435,7 @@ class Signals:
             n: (shares.cpu().numpy(), state["output_kl"][n].cpu().numpy())
             for n, shares in state["clips"].items()
         }
-        self.wanted, self.images = set(state["wanted"]), int(state["images"])
+        self.wanted, self.unsampled = set(state["wanted"]), set(state["unsampled"])
+        self.images = int(state["images"])
         self.listening = bool(state["listening"])
         self._generator.set_state(state["generator"].cpu())

@@ -12,15 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from torch import nn
 
 from rlcompress.core.artifact import ModelRef, load_artifact, pack, read_artifact
 from rlcompress.core.cost import CostModel
+from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
 from rlcompress.core.files import save_bytes
+from rlcompress.core.fitted import fitted_network
 from rlcompress.core.fold import snap
+from rlcompress.core.problem import make_bundle
 from rlcompress.core.prune import attach_masks, cut
 from rlcompress.core.quant import attach_fake_quant, encode, fake_quantize, scale_of
 from rlcompress.core.schedule import Schedule
+from rlcompress.core.sensitivity import estimate
+from rlcompress.core.structure import build_network
+from rlcompress.core.ticket import write_network
 from tests.core.conftest import write
 
 
@@ -166,3 +173,37 @@ def test_arguments_that_do_not_fit_the_header_are_refused(vgg):
     ref = ModelRef("vgg19", {"width": 0.0625, "note": "x" * 4000}, 10, (1, 32, 32))
     with pytest.raises(UserError, match="do not fit"):
         pack(vgg.model, vgg.network, ref, {}, {})
+
+
+class Constants(nn.Module):
+    """Computes with numbers of other types than its weights'."""
+
+    def __init__(self, classes: int = 4, kind: str = "float64") -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 6, 3), nn.Linear(6, classes)
+        self.register_buffer("mix", 1.25 * torch.eye(classes, dtype=getattr(torch, kind)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.conv(x).relu().mean((2, 3)))
+        return (logits.to(self.mix.dtype) @ self.mix).float()
+
+
+def constants(num_classes: int, in_channels: int, kind: str) -> nn.Module:
+    return Constants(num_classes, kind)
+
+
+@pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
+def test_buffers_come_back_in_their_type(tmp_path, kind):
+    ref = ModelRef(f"{__name__}:constants", {"kind": kind}, 4, (1, 6, 6))
+    model, images = ref.build(0).eval(), torch.randn(24, 1, 6, 6)
+    network = build_network(model, images[:1])
+    found = estimate(model, network, images, keeps=(1.0, 0.5), bits=(4, 8))
+    plain = Split(images, torch.arange(24) % 4)
+    problem = make_bundle(model, ref, network, plain, plain, found).problem()
+    schedule = network.uniform(0.5, 8)
+    small = fitted_network(problem.evaluator._model, problem.evaluator, schedule)
+    write_network(tmp_path / "x", small, network, ref, schedule)
+    again = load_artifact(tmp_path / "x", trust=[ref.factory])
+    assert again.mix.dtype == getattr(torch, kind)
+    with torch.no_grad():
+        assert torch.allclose(again(images), small.model(images), atol=1e-2)

@@ -56,6 +56,18 @@ class Loop:
             self.compressor.step(loss)
             self.at += 16
 
+    def spoil(self) -> None:
+        """A minibatch with a number that is none, which the optimizer passes over."""
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        images = self.data.images(slice(16))
+        images[0, 0, 0, 0] = torch.nan
+        loss = F.cross_entropy(self.model.train()(images), self.data.labels_N[:16])
+        self.optimizer.zero_grad()
+        loss.backward()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(before[name])
+        self.compressor.step(loss)
+
     def finish(self) -> None:
         self.train(PACE.steps(4))
         assert self.compressor.finished
@@ -360,3 +372,17 @@ def test_finalized_once_it_stays_as_it_is(digits16, tmp_path):
     }.items():
         with pytest.raises(UserError, match=f"{verb}: finalize or save has made the model plain"):
             call()
+
+
+def test_a_minibatch_that_is_no_number_when_samples_are_taken_is_passed_over(digits16):
+    """As with mixed precision: its gradients overflow, the optimizer's step is left out."""
+    own = [*Loop(digits16).compressor.network.layers]
+    for bad in range(PACE.warmup - PACE.watch, PACE.warmup - PACE.watch + 3):
+        loop = Loop(digits16)
+        loop.train(bad)
+        loop.spoil()
+        loop.train(PACE.warmup - bad)
+        estimates = loop.compressor.signals.estimates()
+        for table in (estimates.prune, estimates.prune_solved, estimates.quantize):
+            assert all(np.isfinite(costs).all() for costs in table.values())
+            assert all(costs.max() > 0 for name, costs in table.items() if name in own)

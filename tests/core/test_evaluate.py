@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.data import digits
@@ -14,6 +15,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.evaluate import Evaluator, build_evaluator
 from rlcompress.core.fitted import fitted_network
 from rlcompress.core.measure import WORST, compare
+from rlcompress.core.quant import attach_fake_quant
 from rlcompress.core.schedule import Schedule
 from rlcompress.core.sensitivity import estimate
 from rlcompress.core.structure import build_network
@@ -246,3 +248,51 @@ def test_without_labels_the_dense_network_is_the_judge(make_evaluator, uniform):
     measured = evaluator.evaluate(uniform(0.6, 4))
     assert measured.accuracy < 1.0
     assert measured.kl == make_evaluator().evaluate(uniform(0.6, 4)).kl
+
+
+class Fronted(nn.Module):
+    """Computes with numbers of its own before its first layer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        fronts = {"prelu": nn.PReLU(1), "transposed": nn.ConvTranspose2d(1, 1, 2)}
+        self.front = fronts.get(kind, nn.Identity())
+        self.register_buffer("blur", torch.full((1, 1, 3, 3), 1 / 9))
+        self.conv, self.norm, self.head = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.conv2d(self.front(x), self.blur)
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "prelu", "transposed"])
+def test_low_precision_reaches_what_comes_before_the_first_layer(kind):
+    torch.manual_seed(0)
+    model, x = Fronted(kind).eval(), torch.randn(48, 1, 10, 10)
+    network = build_network(model, x[:1])
+    found = estimate(model, network, x[:32], keeps=(1.0, 0.5), bits=(4, 8))
+    schedule = network.uniform(0.5, 4)
+    low, high = (
+        build_evaluator(model, network, x[:32], x[32:], None, found, precision=p).evaluate(schedule)
+        for p in ("bfloat16", "float32")
+    )
+    assert low.kl == pytest.approx(high.kl, rel=0.3)
+
+
+def test_what_training_steps_made_is_what_is_handed_over(make_evaluator, trained, score):
+    """And a frozen network is trained as another is."""
+    evaluator = make_evaluator(recovery="steps:4")
+    schedule = trained.network.uniform(0.5, 4)
+    measured = evaluator.evaluate(schedule)
+    small = fitted_network(trained.model, evaluator, schedule)
+    attach_fake_quant(small.model, trained.network, schedule.bits, small.scales)
+    with torch.no_grad():
+        dense, logits = trained.model(score.images()), small.model(score.images())
+    assert compare(logits, dense, score.labels_N)[2] == pytest.approx(measured.kl, rel=1e-3)
+
+    trained.model.requires_grad_(False)
+    try:
+        assert evaluator.evaluate(schedule).kl == pytest.approx(measured.kl, rel=1e-3)
+        assert evaluator.evaluate(Schedule()).kl < measured.kl
+    finally:
+        trained.model.requires_grad_(True)

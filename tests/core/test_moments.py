@@ -96,3 +96,16 @@ def test_a_quarter_is_held_out_and_the_whole_is_both():
         assert torch.allclose(sums.gram_GDD[0], centred[at].T @ centred[at], atol=1e-3)
     assert torch.allclose(sample.whole.gram_GDD[0], centred.T @ centred, atol=1e-3)
     assert Sample.of(patch_PGD[:3], targets_PO[:3]).held is None
+
+
+def test_sums_of_inputs_far_from_zero_keep_their_deviations(monkeypatch):
+    """Through the products of bfloat16, where there are such, and without them."""
+    torch.manual_seed(0)
+    x_PD = (100 + torch.randn(2000, NARROW + 2)).bfloat16()
+    y_PO = torch.randn(2000, 3)
+    monkeypatch.setattr(moments, "multiplies_bfloat16", lambda device: True)
+    found = Sample.of(x_PD[:, None], y_PO).known
+    assert isinstance(found, Sums)
+    deviation = (x_PD.double() - x_PD.double().mean(0))[:1500]
+    wanted = deviation.T @ deviation
+    assert (found.gram_GDD[0] - wanted).abs().max() < 1e-3 * wanted.diagonal().mean()

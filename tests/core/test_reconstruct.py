@@ -271,3 +271,22 @@ def test_scales_fit_the_weights_that_the_refit_left(groups, bits):
     some = torch.tensor([1, 6])
     if groups == 1:
         assert torch.equal(fit.scale(some, clip[some], bits), ours[some])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e20])
+def test_a_group_that_cannot_be_refitted_keeps_no_other_from_it(value):
+    layer = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+    x = torch.randn(8, 6, 6, 6)
+    with torch.no_grad():
+        call, y = capture(layer, x)
+        weight = layer.weight + 0.3 * torch.randn_like(layer.weight)
+        at = sample_positions(call, y.shape, len(y), 256, torch.Generator().manual_seed(0))
+        patches_PGD = patches(call, at, 6)
+        wanted = refit(patches_PGD, at.outputs(y), weight)
+        patches_PGD[0, 5, 0] = value
+        found = refit(patches_PGD, at.outputs(y), weight)
+    assert torch.equal(found.ridge_G[:5], wanted.ridge_G[:5])
+    assert torch.allclose(found.weight[:5], wanted.weight[:5])
+    assert torch.equal(found.weight[5], weight[5])
+    codes = found.quantize(torch.arange(6), torch.full((6,), 0.1), 4)
+    assert codes[:5].isfinite().all()

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 
 from rlcompress.core.schedule import Schedule
-from rlcompress.core.sensitivity import Estimates, estimate
+from rlcompress.core.sensitivity import FISHER_BATCH, Estimates, estimate
+from rlcompress.core.structure import build_network
 
 TABLES = (
     *("importance", "prune", "prune_solved"),
@@ -108,3 +110,17 @@ def test_direction_ranks_measured_cuts(estimates, trained, make_evaluator):
             guessed.append(estimates.prune[name][column])
             measured.append(evaluator.evaluate(Schedule({name: estimates.keeps[column]})).kl)
     assert spearmanr(guessed, measured).statistic > 0.6
+
+
+def test_no_image_is_looked_at_alone():
+    """Channels count by how far they are from their mean: an image alone would not count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    images = torch.zeros(FISHER_BATCH + 1, 1, 2, 2)
+    images[-1] = 3.0
+    network = build_network(model, images[:1])
+    found = estimate(model, network, images, keeps=(1.0, 0.5), bits=(4,), batch=FISHER_BATCH)
+    for name, group in network.groups.items():
+        if not group.protected:
+            assert found.importance[name].sum() > 0
+            assert found.prune[name][1] > 0

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rlcompress.core.average import Average
+from rlcompress.core.calls import as_call
 from rlcompress.core.signals import Signals
 from rlcompress.core.structure import build_network
 
@@ -158,3 +159,42 @@ def test_a_minibatch_is_let_go(trained, data):
     del loss
     assert seen
     assert all(reference() is None for reference in seen)
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (8, 24), (24, 8), (8,) * 4])
+def test_gradients_that_are_accumulated_say_what_those_of_a_minibatch_do(sizes):
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(1, 5, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1)
+    model = nn.Sequential(first, nn.Tanh(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = build_network(model, torch.zeros(1, 1, 8, 8))
+    x, labels = torch.randn(32, 1, 8, 8), torch.arange(32) % 3
+
+    def found(parts):
+        signals = Signals(model.train(), network, (1.0, 0.4), (4,))
+        for step in range(3):
+            signals.listening = True
+            model.zero_grad()
+            signals.wanted.update(network.layers if step == 0 else ())
+            for images, wanted in zip(x.split(parts), labels.split(parts), strict=True):
+                (F.cross_entropy(model(images), wanted, reduction="sum") / 32).backward()
+            signals.read(1.0)
+            if step == 0:
+                signals.settle()
+        signals.close()
+        return signals.estimates(), signals.average.values
+
+    (once, values), (parted, theirs) = found([32]), found(list(sizes))
+    for name in network.layers:
+        assert torch.allclose(values[f"fisher/{name}"], theirs[f"fisher/{name}"], rtol=1e-3)
+    tables = "importance", "prune", "prune_solved"
+    for said, wanted in ((getattr(parted, t), getattr(once, t)) for t in tables):
+        for name, group in network.groups.items():
+            if not group.protected:
+                assert said[name].sum() == pytest.approx(wanted[name].sum(), rel=0.3)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_a_call_pads_as_its_module_does(mode):
+    torch.manual_seed(0)
+    module, x = nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode), torch.randn(2, 2, 5, 6)
+    assert torch.allclose(as_call("", module, x).run(), module(x), atol=1e-6)

@@ -151,3 +151,26 @@ def test_wide_images_are_padded_by_an_eighth_of_each_side():
     batches = [_augment(wide, torch.Generator().manual_seed(seed)) for seed in range(40)]
     assert all(batch.shape == wide.shape for batch in batches)
     assert min(float(batch.mean()) for batch in batches) >= (7 / 8) ** 2
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_teacher_in_training_stays_as_it_is_and_answers_in_eval_mode(split, augment):
+    recipe = Recipe(epochs=1, batch_size=32, distill=1.0, augment=augment)
+    teacher = small_network(5)
+    other = small_network(5).eval()
+    before = {name: t.clone() for name, t in teacher.state_dict().items()}
+    taught = [
+        train(model := small_network(1), split, recipe, seed=0, teacher=t) and model
+        for t in (teacher.train(), other)
+    ]
+    assert teacher.training
+    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(taught[0].parameters(), taught[1].parameters(), strict=True)
+    )
+
+
+def test_distillation_without_a_teacher():
+    with pytest.raises(UserError, match="no teacher"):
+        train(small_network(), Split(*[None] * 4), Recipe(1, distill=0.5), seed=0)
