@@ -112,7 +112,8 @@ class DynamicCompressor:
 
     def step(self, loss: torch.Tensor | float) -> None:
         """After the optimizer's step and before the gradients are zeroed: takes what the
-        minibatch showed and, where one is due, the policy's decision.
+        minibatch showed and, where one is due, the policy's decision. Gradients accumulated over
+        several passes are taken as those of one minibatch's mean loss.
 
         Raises UserError after `finalize`, and where no weight has a gradient."""
         self.read(loss)

@@ -27,6 +27,7 @@ from torch import nn
 from rlcompress.core.cache import ByteCache
 from rlcompress.core.calls import Call, layer_weights
 from rlcompress.core.cost import CostModel
+from rlcompress.core.errors import UserError
 from rlcompress.core.fitted import CutNetwork, network_of, trained, trainee
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.inputs import (
@@ -395,6 +396,8 @@ def build_evaluator(
             *estimate_problems(estimates, network),
         ]
     )
+    if parse_recovery(recovery)[1] and len(fit) == 1:
+        raise UserError(f"fit: one image; allowed: 2 or more, to be trained on by {recovery}")
     model.eval()
     require(class_problems(labels, model, score[:1]))
     from rlcompress.core.incremental import IncrementalEvaluator

@@ -130,6 +130,12 @@ def test_one_logit_tells_no_classes_apart(fit):
     assert line == "the network answers with 1 logit; allowed: 2 or more, one a class"
 
 
+def test_one_image_is_none_to_train_on(trained, estimates, fit):
+    given = (trained.model, trained.network, fit[:1], fit[1:5], None, estimates)
+    (line,) = refused(build_evaluator, *given, recovery="steps:3")
+    assert line == "fit: one image; allowed: 2 or more, to be trained on by steps:3"
+
+
 def test_small_networks_answer_as_they_are(trained, estimates, fit, score):
     """In eval mode, whatever mode the dense one was in."""
     model = copy.deepcopy(trained.model).train()
