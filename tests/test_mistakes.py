@@ -159,6 +159,9 @@ MODEL = """
             return self.head(x.mean((2, 3)))
 """
 
+#: A target within reach of so small a network.
+REACHED = ("--set", "search.target=[2, 3]")
+
 MODELS = {
     "a tuple": ("class make(Net):\n def forward(self, x): return super().forward(x), x", "tuple"),
     "a mapping": ("class make(Net):\n def forward(self, x): return {'y': x}", "returns a dict"),
@@ -177,6 +180,24 @@ MODELS = {
         "class make(Net):\n def forward(self, x): return self.hed(x)",
         "no attribute 'hed'",
     ),
+    "one row whatever the batch": (
+        "class make(Net):\n def forward(self, x): return super().forward(x).view(1, -1)",
+        "returns (1, 20) for two images; allowed: logits (2, 10)",
+    ),
+    "no batch": (
+        "class make(Net):\n def forward(self, x): return super().forward(x).view(1, 10)",
+        "cannot be run on two images: RuntimeError: shape '[1, 10]'",
+    ),
+    "its training fails": (
+        "class make(Net):\n"
+        " def forward(self, x): return super().forward(x.aux if self.training else x)",
+        "cannot be trained on 2 images: AttributeError: 'Tensor' object has no attribute 'aux' (m",
+    ),
+    "its training answers otherwise": (
+        "class make(Net):\n"
+        " def forward(self, x): return [None] if self.training else super().forward(x)",
+        "in training returns NoneType for 2 images; allowed: logits (2, classes), alone or",
+    ),
     "weights that do not fit a head": ("def make(): return nn.Linear(5, 10)", "cannot be run on"),
 }
 
@@ -186,7 +207,7 @@ MODELS = {
 def test_models(rlcompress, verb, code, says):
     name = f"mine{next(_numbers)}"
     Path(f"{name}.py").write_text(textwrap.dedent(MODEL) + code + "\n")
-    told = rlcompress(verb, "tiny", "--set", f"model.factory={name}:make")
+    told = rlcompress(verb, "tiny", "--set", f"model.factory={name}:make", *REACHED)
     assert_told(told, says)
     assert not Path("runs/tiny/dense").exists()
 

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from rlcompress.core.attention import Attention
 from rlcompress.core.calls import layer_weights
 from rlcompress.core.coupling import Coupling, Member, couple
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, blame
 from rlcompress.core.exactness import checked, random_copy
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
 from rlcompress.core.inputs import borrowed
@@ -71,14 +71,19 @@ def _read_and_checked(model: nn.Module, example: torch.Tensor, round_to: int) ->
 @torch.inference_mode()
 def require_logits(model: nn.Module, example: torch.Tensor, classes: int) -> None:
     """Raises UserError unless the network, which `build_network` could read, answers one image
-    (1, C, H, W) with logits (1, classes) or more."""
-    with borrowed(model):
-        shape = tuple(model(example).shape)
-    if len(shape) != 2 or shape[0] != 1 or shape[1] < classes:
-        raise UserError(
-            f"{type(model).__name__} returns {shape} for one image; "
-            f"allowed: logits (1, {classes}), one for each class of the data"
-        )
+    (1, C, H, W), and two, with a row of `classes` logits or more for each."""
+    name = type(model).__name__
+    for count, words in ((1, "one image"), (2, "two images")):
+        try:
+            with borrowed(model):
+                shape = tuple(model(example.expand(count, -1, -1, -1)).shape)
+        except Exception as error:  # the user's own code raises what it likes
+            raise UserError(f"{name} cannot be run on {words}: {blame(error)}") from error
+        if len(shape) != 2 or shape[0] != count or shape[1] < classes:
+            raise UserError(
+                f"{name} returns {shape} for {words}; "
+                f"allowed: logits ({count}, {classes}), one for each class of the data"
+            )
 
 
 def _refuse_shared(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.files import read_json
 from rlcompress.core.models import BUILT_IN as MODELS
 from rlcompress.core.models import find_factory
+from rlcompress.core.train import require_trains
 from rlcompress.stages.policies import policy_of
 from rlcompress.stages.weights import load_weights
 from rlcompress.stages.workspace import MARKER, Workspace
@@ -97,10 +98,11 @@ def _built(run: Workspace, problems: Problems) -> bool:
 
 
 def _kept(run: Workspace, problems: Problems) -> nn.Module | None:
-    """The network, if a file can hold it."""
+    """The network, if it can be read; whether it can be trained, and a file hold it."""
     if not problems.none_in(lambda: run.structure):
         return None
     model = run.ref.build(run.experiment.seed + 1)  # of the control `fresh`; files are read with 0
+    problems.none_in(lambda: require_trains(model, run.data.train.images(slice(0, 2))))
     problems.none_in(lambda: require_kept(model, run.structure, run.ref))
     return model
 
