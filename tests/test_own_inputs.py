@@ -7,7 +7,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
+from rlcompress.core.tensors import load_tensors
 from tests.mistakes import Told
 
 _numbers = itertools.count()
@@ -52,3 +54,17 @@ def test_what_training_returns_besides_the_logits(rlcompress, answer):
         y = super().forward(x)
         return {answer} if self.training else y"""
     assert_passes(check(rlcompress, own(code)))
+
+
+def test_a_network_that_comes_frozen_is_trained(rlcompress):
+    code = """def make():
+    model = Net()
+    return model.requires_grad_(False)"""
+    module = own(code)
+    assert_passes(check(rlcompress, module))
+    options = ("--set", f"model.factory={module}:make", "--set", "search.target=[2, 3]")
+    assert_passes(rlcompress("search", "tiny", *options))
+    before, after = (
+        load_tensors(Path(f"runs/tiny/dense/{name}.safetensors"))[0] for name in ("init", "trained")
+    )
+    assert not any(torch.equal(before[name], after[name]) for name in before)
