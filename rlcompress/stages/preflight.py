@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from rlcompress.core.artifact import require_kept
 from rlcompress.core.data import BUILT_IN as DATA
 from rlcompress.core.dynamic import DynamicCompressor
 from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.files import read_json
 from rlcompress.core.models import BUILT_IN as MODELS
 from rlcompress.core.models import find_factory
+from rlcompress.core.rebuilt import require_kept
 from rlcompress.core.train import require_trains
 from rlcompress.stages.policies import policy_of
 from rlcompress.stages.weights import load_weights
