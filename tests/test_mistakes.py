@@ -88,6 +88,7 @@ OPTIONS = {
     "truth for a count": ("ppo.epochs=true", "must be a whole number, 1 or more"),
     "number for a list": ("search.bits=4", "must be a list"),
     "list for a mapping": ("model=[vgg19]", "must be a mapping"),
+    "no path for weights": ('dense.weights=""', "must not be empty"),
     "none for a number": ("dense.lr=", "must be a number, above 0"),
     "negative seed": ("seed=-1", "greater than or equal to 0"),
     "no episodes": ("search.episodes=0", "greater than or equal to 1"),
