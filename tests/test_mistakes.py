@@ -199,6 +199,38 @@ MODELS = {
         " def forward(self, x): return [None] if self.training else super().forward(x)",
         "in training returns NoneType for 2 images; allowed: logits (2, classes), alone or",
     ),
+    "weight norm as it was": (
+        "def make():\n net = Net()\n nn.utils.weight_norm(net.conv)\n return net",
+        "module 'conv' is under torch.nn.utils.weight_norm, which no copy holds; allowed: torch.nn"
+        ".utils.parametrizations.weight_norm",
+    ),
+    "spectral norm as it was": (
+        "def make():\n net = Net()\n"
+        " [nn.utils.spectral_norm(m) for m in (net.conv, net.head)]\n return net",
+        "module 'conv' and 1 more are under torch.nn.utils.spectral_norm",
+    ),
+    "pruning not removed": (
+        "def make():\n"
+        " import torch.nn.utils.prune as prune\n net = Net()\n"
+        " prune.l1_unstructured(net.conv, 'weight', 0.5)\n prune.identity(net.conv, 'bias')\n"
+        " return net",
+        "module 'conv' is under torch.nn.utils.prune, which no copy holds; allowed: torch.nn.utils"
+        ".prune.remove(module, name)",
+    ),
+    "TorchScript": ("def make(): return torch.jit.script(Net())", "the network is TorchScript"),
+    "TorchScript, traced": (
+        "def make(): return torch.jit.trace(Net().eval(), torch.zeros(2, 1, 16, 16))",
+        "the network is TorchScript, whose layers cannot be read; allowed: the torch.nn.Module",
+    ),
+    "lazy modules": (
+        "def make(): return nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(10))",
+        "module '0' and 1 more are lazy, without shapes yet; allowed: the network after a first",
+    ),
+    "a tensor that no copy holds": (
+        "class make(Net):\n"
+        " def forward(self, x):\n  self.last = self.conv(x)\n  return super().forward(x)",
+        "make cannot be copied: Only Tensors created explicitly",
+    ),
     "weights that do not fit a head": ("def make(): return nn.Linear(5, 10)", "cannot be run on"),
 }
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from rlcompress.core.attention import Attention
 from rlcompress.core.calls import layer_weights
@@ -21,6 +20,7 @@ from rlcompress.core.errors import UserError, blame
 from rlcompress.core.exactness import checked, random_copy
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
 from rlcompress.core.inputs import borrowed
+from rlcompress.core.ordinary import require_ordinary
 from rlcompress.core.reading import (
     Reading,
     all_gradients,
@@ -39,10 +39,11 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     The model is left as it was. Coupled channels: torch-pruning's dependency graph (DepGraph,
     Fang et al., 2023).
 
-    Raises UserError if it cannot be run, does not return one tensor, has no layer, is not in
-    float32, has complex parameters, or computes layers that its output does depend on without
+    Raises UserError if it cannot be copied or run, does not return one tensor, has no layer, is not
+    in float32, has complex parameters, or computes layers that its output does depend on without
     gradients.
     """
+    require_ordinary(model)
     weights = layer_weights(model)
     _refuse_shared(model)
     _refuse_other_types(weights)
@@ -94,7 +95,7 @@ def _refuse_shared(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             mine, own = f"{name}.{leaf}".lstrip("."), name in layers
-            memory = id(parameter) if is_lazy(parameter) else parameter.data_ptr() or id(parameter)
+            memory = parameter.data_ptr() or id(parameter)
             other, others = holders.setdefault(memory, (mine, own))
             if other != mine and (own or others):
                 raise UserError(f"{other!r} and {mine!r} share one parameter: not supported")
