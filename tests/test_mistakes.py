@@ -231,6 +231,10 @@ MODELS = {
         " def forward(self, x):\n  self.last = self.conv(x)\n  return super().forward(x)",
         "make cannot be copied: Only Tensors created explicitly",
     ),
+    "no numbers": (
+        "class make(Net):\n def forward(self, x): return super().forward(x) * float('nan')",
+        "make puts out logits that are not finite, for 2 of 2 images; allowed: finite ones",
+    ),
     "weights that do not fit a head": ("def make(): return nn.Linear(5, 10)", "cannot be run on"),
 }
 
@@ -285,6 +289,10 @@ DATASETS = {
     "images with holes": (
         "def make(): return [[(x * float('nan'), y) for x, y in images(64)]] * 3",
         "not finite",
+    ),
+    "images beyond all measure": (
+        "def make(): return [[(1e30 * x, y) for x, y in images(64)]] * 3",
+        "e+30; allowed: up to 1e+09, normalised",
     ),
     "no images at all": ("def make(): return [3, 4, 5]", "has no len()"),
     "its factory fails": ("def make(): return open('nowhere.npz')", "nowhere.npz"),

@@ -190,3 +190,26 @@ def test_a_folder_behind_a_link_to_nowhere(rlcompress, out):
         told = rlcompress(verb, "tiny", "--out", out)
         assert_told(told, "is a link to nowhere; name another with --out DIR")
     assert not Path("gone").exists()
+
+
+ALWAYS_WRONG = """
+from rlcompress.core.data import digits
+
+def make():
+    data = digits(size=16)
+    train, validation = ([(x, int(y)) for x, y in zip(s.images(), s.labels_N) if y < 5]
+                         for s in (data.train, data.validation))
+    return train, validation, [(x, 9) for x, _ in validation[:20]]
+"""
+
+
+def test_a_dense_network_that_is_always_wrong(rlcompress):
+    """On the test split: nothing is so many times denser."""
+    Path("wrong.py").write_text(ALWAYS_WRONG)
+    data = ("--set", "data={factory: 'wrong:make', args: {}}")
+    words = (*data, "--set", "ticket.epochs=1", "--set", "ticket.fit_images=64")
+    assert_passes(rlcompress("search", "tiny", *words))
+    told = rlcompress("ticket", "tiny", *words)
+    assert_passes(told)
+    (line,) = [line for line in told.out.splitlines() if line.startswith("density, %/MB")]
+    assert line.split()[2] == "0.0"

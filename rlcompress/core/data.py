@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from rlcompress.core.errors import OutsideError, UserError, blame
+from rlcompress.core.inputs import LARGEST
 from rlcompress.core.models import find_factory
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -298,6 +299,12 @@ def _sound(data: Data) -> Data:
         elif raw.is_floating_point() and not bool(raw.isfinite().all()):
             number = int((~raw.isfinite().flatten(1).all(1)).nonzero()[0])
             found.append(f"data: image {number} of the {name} split has values that are not finite")
+        elif max(map(abs, map(float, raw.aminmax()))) > LARGEST:
+            most = max(map(abs, map(float, raw.aminmax())))
+            found.append(
+                f"data: the {name} split has values of up to {most:.2g}; allowed: up to "
+                f"{LARGEST:.0g}, normalised"
+            )
         elif data.labelled and not 0 <= split.labels_N.min() <= split.labels_N.max() < (
             data.num_classes
         ):

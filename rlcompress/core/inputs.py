@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rlcompress.core.sensitivity import Estimates
 
 
+#: Of an image's values: the squares of larger ones overflow in float32 sums.
+LARGEST = 1e9
+
+
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
     """A model that is somebody's own: in eval mode and without gradients inside, with its modes
@@ -61,7 +65,7 @@ def image_problems(
     name: str, images: torch.Tensor, model: nn.Module, network: Network
 ) -> list[str]:
     """What is wrong with `images`: they are (N, C, H, W), as many channels as the network was read
-    with, of the weights' type and on their device, finite, at least one."""
+    with, of the weights' type and on their device, finite and of some size, at least one."""
     channels = network.input_shape[0]
     if images.ndim != 4 or images.shape[1] != channels or images.numel() == 0:
         return [
@@ -73,7 +77,12 @@ def image_problems(
         return [f"{name}: on {images.device}; the network is on {like.device}"]
     if images.dtype != like.dtype:
         return [f"{name}: {images.dtype}; allowed: {like.dtype}, as the network's weights"]
-    return [] if bool(images.isfinite().all()) else [f"{name}: has values that are not finite"]
+    if not bool(images.isfinite().all()):
+        return [f"{name}: has values that are not finite"]
+    most = max(map(abs, map(float, images.aminmax())))
+    if most > LARGEST:
+        return [f"{name}: has values of up to {most:.2g}; allowed: up to {LARGEST:.0g}, normalised"]
+    return []
 
 
 def label_problems(labels: torch.Tensor | None, count: int) -> list[str]:

@@ -35,7 +35,7 @@ from torch import nn
 
 from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.errors import UserError
-from rlcompress.core.fisher import backward, readers_of, temperature_of
+from rlcompress.core.fisher import backward, readers_of, sound_logits, temperature_of
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.inputs import (
     borrowed,
@@ -297,7 +297,8 @@ def _estimate(
     images, rest = images.tensor_split([len(images) if told is None else told])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        temperature = temperature_of(torch.cat([model(chunk) for chunk in images.split(batch)]))
+        logits = torch.cat([model(chunk) for chunk in images.split(batch)])
+        temperature = temperature_of(sound_logits(model, logits))
     with all_gradients(model):
         fisher, importance = _first_pass(model, network, images, temperature, generator)
         kept: dict[str, list[np.ndarray]] = {name: [] for name in network.groups}

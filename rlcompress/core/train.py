@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError, blame
+from rlcompress.core.fisher import sound_logits
 from rlcompress.core.measure import compare, divergence
 from rlcompress.core.process import seeded
 from rlcompress.core.schedule import Measurement
@@ -114,7 +115,10 @@ def require_trains(model: nn.Module, images: torch.Tensor) -> None:
             shape = tuple(getattr(logits, "shape", ()))
             rows = len(shape) == 2 and shape[0] == count
             if rows:
+                sound_logits(model, logits.detach())
                 F.cross_entropy(logits, torch.zeros(count, dtype=torch.long)).backward()
+    except UserError:
+        raise
     except Exception as error:  # the user's own code raises what it likes
         raise UserError(f"{name} cannot be trained on {count} images: {blame(error)}") from error
     if not rows:

@@ -139,3 +139,27 @@ def test_small_networks_answer_as_they_are(trained, estimates, fit, score):
     kept = evaluator.kept(schedule)
     model.eval()
     assert not cut_network(model, trained.network, kept, schedule).model.training
+
+
+def test_logits_that_are_no_numbers(fit):
+    """One that rules a class out is one; the network is named, and not what stumbles over it."""
+
+    class Out(nn.Module):
+        def __init__(self, added: list[float]) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
+            self.register_buffer("added", torch.tensor(added))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).mean((2, 3)) + self.added
+
+    choices = {"keeps": (0.5, 1.0), "bits": (4,)}
+    for added, bad in (([0, torch.nan, 0], 8), ([0, 0, torch.inf], 8), ([-torch.inf] * 3, 8)):
+        model = Out(added).eval()
+        network = build_network(Out([0.0, 0.0, 0.0]).eval(), fit[:1])
+        (line,) = refused(estimate, model, network, fit[:8], **choices)
+        assert line.startswith(f"Out puts out logits that are not finite, for {bad} of 8 images")
+    model = Out([0.0, -torch.inf, 0.0]).eval()
+    assert estimate(model, network, fit[:8], **choices).keeps == (0.5, 1.0)
+    (line,) = refused(estimate, model, network, 1e30 * (fit[:8] + 2), **choices)
+    assert line.endswith("; allowed: up to 1e+09, normalised")
