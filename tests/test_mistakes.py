@@ -290,6 +290,22 @@ DATASETS = {
         "def make(): return [[(x * float('nan'), y) for x, y in images(64)]] * 3",
         "not finite",
     ),
+    "images that are complex": (
+        "def make(): return [[(x.to(torch.complex64), y) for x, y in images(64)]] * 3",
+        "the train split has images of torch.complex64, torch.strided; allowed: real, dense",
+    ),
+    "images without numbers": (
+        "def make(): return [[(x.to('meta'), y) for x, y in images(64)]] * 3",
+        "the train split has images on meta; allowed",
+    ),
+    "arrays": (
+        "def make(): return [[(x.numpy(), y) for x, y in images(64)]] * 3",
+        "the train split has as an item a tuple of ndarray, int; allowed: pairs of an image tensor",
+    ),
+    "mappings": (
+        "def make(): return [[{'image': x, 'label': y} for x, y in images(64)]] * 3",
+        "the train split has as an item a dict of 'image', 'label'; allowed: pairs of an image",
+    ),
     "images beyond all measure": (
         "def make(): return [[(1e30 * x, y) for x, y in images(64)]] * 3",
         "e+30; allowed: up to 1e+09, normalised",
@@ -318,3 +334,38 @@ def test_data(rlcompress, verb, code, says):
     # A line for each split.
     assert_told(told, says, lines=len(told.err.splitlines()))
     assert not Path("runs/tiny/dense").exists()
+
+
+OWN_PARTS = """
+def no_arguments(): return []
+def search(problem, history): return []
+def clip(weight): return weight
+def shares(weight, bits): return weight.no_such
+"""
+
+PARTS = {
+    "a searcher of nothing": (
+        "search.searcher=NAME:no_arguments",
+        ":no_arguments(): too many positional arguments; allowed: a function of (problem, settings,"
+        " history, measure)",
+    ),
+    "a searcher of two": ("search.searcher=NAME:search", ":search(problem, history): too many"),
+    "a baseline": ("search.baselines=[NAME:search]", ":search(problem, history): too many"),
+    "a clip rule of the weight": (
+        "search.clip=NAME:clip",
+        ':clip", called with (weight, bits): TypeError: clip() takes 1 positional argument but 2',
+    ),
+    "a clip rule that fails": (
+        "search.clip=NAME:shares",
+        "AttributeError: 'Tensor' object has no attribute 'no_such' (mine",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ["check", "search"])
+@pytest.mark.parametrize(("option", "says"), PARTS.values(), ids=PARTS)
+def test_functions_of_ones_own(rlcompress, verb, option, says):
+    name = f"mine{next(_numbers)}"
+    Path(f"{name}.py").write_text(OWN_PARTS)
+    assert_told(rlcompress(verb, "tiny", "--set", option.replace("NAME", name)), says)
+    assert not Path("runs").exists()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlcompress.core.data import build_data
 from rlcompress.core.tensors import load_tensors
 from rlcompress.stages.weights import load_weights
 from tests.mistakes import Told, assert_told
@@ -213,3 +214,28 @@ def test_a_dense_network_that_is_always_wrong(rlcompress):
     assert_passes(told)
     (line,) = [line for line in told.out.splitlines() if line.startswith("density, %/MB")]
     assert line.split()[2] == "0.0"
+
+
+GRADIENTS = """
+import torch
+from rlcompress.core.data import Data, Split, digits
+
+def items():
+    data, scale = digits(size=16), torch.ones(1, requires_grad=True)
+    return [[(scale * x, y) for x, y in zip(split.images(), split.labels_N)]
+            for split in (data.train, data.validation, data.test)]
+
+def splits():
+    x, y = torch.ones(8, 1, 16, 16, requires_grad=True), torch.arange(8) % 2
+    return Data(*[Split(x * 2, y) for _ in range(3)], 2)
+"""
+
+
+@pytest.mark.parametrize("factory", ["items", "splits"])
+def test_images_that_a_computation_with_gradients_made(tmp_path, monkeypatch, factory):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name = f"owned{next(_numbers)}"
+    (tmp_path / f"{name}.py").write_text(GRADIENTS)
+    data = build_data(f"{name}:{factory}", {})
+    for split in (data.train, data.validation, data.test):
+        assert not split.raw_NCHW.requires_grad

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from rlcompress.core.data import BUILT_IN as DATA
@@ -14,8 +15,11 @@ from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.files import read_json
 from rlcompress.core.models import BUILT_IN as MODELS
 from rlcompress.core.models import find_factory
+from rlcompress.core.quant import own_clip
 from rlcompress.core.rebuilt import require_kept
+from rlcompress.core.schedule import MAX_BITS
 from rlcompress.core.train import require_trains
+from rlcompress.searchers import own_search
 from rlcompress.stages.policies import policy_of
 from rlcompress.stages.weights import load_weights
 from rlcompress.stages.workspace import MARKER, Workspace
@@ -63,9 +67,11 @@ def require_possible(
     """
     e, problems = run.experiment, Problems()
     if searches:
-        for name in {e.search.searcher, *e.search.baselines, e.search.clip}:
+        for name in {e.search.searcher, *e.search.baselines}:
             if ":" in name:
-                problems.none_in(lambda name=name: find_factory(name, {}))  # type: ignore[misc]
+                problems.none_in(lambda name=name: own_search(name))  # type: ignore[misc]
+    if ":" in e.search.clip:
+        problems.none_in(lambda: own_clip(e.search.clip, torch.ones(4, 3, 3, 3), MAX_BITS))
     if not _made(run, searches=searches) and _built(run, problems):
         _trainable(run, problems, searches=searches)
     for name, member in (zoo or {}).items():
