@@ -69,9 +69,9 @@ class ModelRef:
     input_shape: tuple[int, ...]  # (C, H, W)
 
     def __post_init__(self) -> None:
-        given = {**self.args, "num_classes": self.num_classes, "input_shape": [*self.input_shape]}
+        given = [("num_classes", self.num_classes), ("input_shape", [*self.input_shape])]
         problems = []
-        for name, value in given.items():
+        for name, value in (*self.args.items(), *given):
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as error:

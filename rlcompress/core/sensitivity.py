@@ -40,6 +40,7 @@ from rlcompress.core.graph import Link, Network
 from rlcompress.core.inputs import (
     borrowed,
     choice_problems,
+    count_of,
     count_problems,
     image_problems,
     require,
@@ -266,7 +267,7 @@ def estimate(
 
     Raises UserError, a line for each thing that is wrong with what it is given.
     """
-    few = {"told": told} if told is not None else {"images": len(images) or 2}
+    few = {"told": told} if told is not None else {"images": count_of(images) or 2}
     require(
         [
             *choice_problems(keeps, bits),

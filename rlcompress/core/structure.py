@@ -19,7 +19,13 @@ from rlcompress.core.coupling import Coupling, Member, couple
 from rlcompress.core.errors import UserError, blame
 from rlcompress.core.exactness import checked, random_copy
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
-from rlcompress.core.inputs import borrowed
+from rlcompress.core.inputs import (
+    borrowed,
+    count_problems,
+    likeness_problems,
+    require,
+    tensor_problems,
+)
 from rlcompress.core.ordinary import require_ordinary
 from rlcompress.core.reading import (
     Reading,
@@ -44,10 +50,12 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     gradients.
     """
     require_ordinary(model)
+    require(tensor_problems("example", example) + count_problems(round_to=round_to))
     weights = layer_weights(model)
     _refuse_shared(model)
     _refuse_other_types(weights)
     _refuse_complex(model)
+    require(likeness_problems("example", example, model))
     with borrowed(model):
         # Whole it is called with copies; its parts, where they are read, are not.
         return _read_and_checked(model, example.clone(), round_to)

@@ -286,5 +286,6 @@ def test_what_does_not_belong_together_is_not_written(trained, evaluator, tmp_pa
 
 
 def test_arguments_that_no_file_holds_are_told():
-    with pytest.raises(UserError, match=r"cnn: width = tensor\(1\): .* not JSON serializable"):
-        ModelRef("cnn", {"width": torch.tensor(1), "depth": 2}, 10, (1, 8, 8))
+    for name in ("width", "num_classes"):
+        with pytest.raises(UserError, match=rf"cnn: {name} = tensor\(1\): .* JSON serializable"):
+            ModelRef("cnn", {name: torch.tensor(1), "depth": 2}, 10, (1, 8, 8))
