@@ -115,7 +115,7 @@ class Comparison:
         model, folder = self.model, self.folder
         self.network = core.build_network(model, self.fit.images(slice(1)))
         packed, written = folder / "weights.safetensors", folder / "weights.onnx"
-        same = CutNetwork(copy.deepcopy(model), {})
+        same = CutNetwork(copy.deepcopy(model), {}, {})
         core.write_network(packed, same, self.network, self.ref, Schedule())
         read = core.load_artifact(packed)
         self.add("dense", "packed", packed, model, logits_of(read, self.test))
@@ -136,7 +136,7 @@ class Comparison:
         train(model, self.train, self.lesson, seed=self.seed)
         weights = {name: model.get_submodule(name).weight.detach() for name in self.network.layers}
         scales = {name: scale_of(w, mse_clip(w, BITS), BITS) for name, w in weights.items()}
-        self._our_files("ours, trained", CutNetwork(model, scales), schedule)
+        self._our_files("ours, trained", CutNetwork(model, scales, schedule.bits), schedule)
         lesson = Lesson(self.train, self.validation, self.lesson, self.seed, device="cpu")
         *_, (_, last) = in_process([(task, None)], lesson)
         self._our_files("ours, qat", task.result(last), schedule)

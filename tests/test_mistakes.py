@@ -88,6 +88,7 @@ OPTIONS = {
     "truth for a count": ("ppo.epochs=true", "must be a whole number, 1 or more"),
     "number for a list": ("search.bits=4", "must be a list"),
     "list for a mapping": ("model=[vgg19]", "must be a mapping"),
+    "no path for weights": ('dense.weights=""', "must not be empty"),
     "none for a number": ("dense.lr=", "must be a number, above 0"),
     "negative seed": ("seed=-1", "greater than or equal to 0"),
     "no episodes": ("search.episodes=0", "greater than or equal to 1"),
@@ -159,6 +160,9 @@ MODEL = """
             return self.head(x.mean((2, 3)))
 """
 
+#: A target within reach of so small a network.
+REACHED = ("--set", "search.target=[2, 3]")
+
 MODELS = {
     "a tuple": ("class make(Net):\n def forward(self, x): return super().forward(x), x", "tuple"),
     "a mapping": ("class make(Net):\n def forward(self, x): return {'y': x}", "returns a dict"),
@@ -177,6 +181,60 @@ MODELS = {
         "class make(Net):\n def forward(self, x): return self.hed(x)",
         "no attribute 'hed'",
     ),
+    "one row whatever the batch": (
+        "class make(Net):\n def forward(self, x): return super().forward(x).view(1, -1)",
+        "returns (1, 20) for two images; allowed: logits (2, 10)",
+    ),
+    "no batch": (
+        "class make(Net):\n def forward(self, x): return super().forward(x).view(1, 10)",
+        "cannot be run on two images: RuntimeError: shape '[1, 10]'",
+    ),
+    "its training fails": (
+        "class make(Net):\n"
+        " def forward(self, x): return super().forward(x.aux if self.training else x)",
+        "cannot be trained on 2 images: AttributeError: 'Tensor' object has no attribute 'aux' (m",
+    ),
+    "its training answers otherwise": (
+        "class make(Net):\n"
+        " def forward(self, x): return [None] if self.training else super().forward(x)",
+        "in training returns NoneType for 2 images; allowed: logits (2, classes), alone or",
+    ),
+    "weight norm as it was": (
+        "def make():\n net = Net()\n nn.utils.weight_norm(net.conv)\n return net",
+        "module 'conv' is under torch.nn.utils.weight_norm, which no copy holds; allowed: torch.nn"
+        ".utils.parametrizations.weight_norm",
+    ),
+    "spectral norm as it was": (
+        "def make():\n net = Net()\n"
+        " [nn.utils.spectral_norm(m) for m in (net.conv, net.head)]\n return net",
+        "module 'conv' and 1 more are under torch.nn.utils.spectral_norm",
+    ),
+    "pruning not removed": (
+        "def make():\n"
+        " import torch.nn.utils.prune as prune\n net = Net()\n"
+        " prune.l1_unstructured(net.conv, 'weight', 0.5)\n prune.identity(net.conv, 'bias')\n"
+        " return net",
+        "module 'conv' is under torch.nn.utils.prune, which no copy holds; allowed: torch.nn.utils"
+        ".prune.remove(module, name)",
+    ),
+    "TorchScript": ("def make(): return torch.jit.script(Net())", "the network is TorchScript"),
+    "TorchScript, traced": (
+        "def make(): return torch.jit.trace(Net().eval(), torch.zeros(2, 1, 16, 16))",
+        "the network is TorchScript, whose layers cannot be read; allowed: the torch.nn.Module",
+    ),
+    "lazy modules": (
+        "def make(): return nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(10))",
+        "module '0' and 1 more are lazy, without shapes yet; allowed: the network after a first",
+    ),
+    "a tensor that no copy holds": (
+        "class make(Net):\n"
+        " def forward(self, x):\n  self.last = self.conv(x)\n  return super().forward(x)",
+        "make cannot be copied: Only Tensors created explicitly",
+    ),
+    "no numbers": (
+        "class make(Net):\n def forward(self, x): return super().forward(x) * float('nan')",
+        "make puts out logits that are not finite, for 2 of 2 images; allowed: finite ones",
+    ),
     "weights that do not fit a head": ("def make(): return nn.Linear(5, 10)", "cannot be run on"),
 }
 
@@ -186,7 +244,7 @@ MODELS = {
 def test_models(rlcompress, verb, code, says):
     name = f"mine{next(_numbers)}"
     Path(f"{name}.py").write_text(textwrap.dedent(MODEL) + code + "\n")
-    told = rlcompress(verb, "tiny", "--set", f"model.factory={name}:make")
+    told = rlcompress(verb, "tiny", "--set", f"model.factory={name}:make", *REACHED)
     assert_told(told, says)
     assert not Path("runs/tiny/dense").exists()
 
@@ -232,6 +290,26 @@ DATASETS = {
         "def make(): return [[(x * float('nan'), y) for x, y in images(64)]] * 3",
         "not finite",
     ),
+    "images that are complex": (
+        "def make(): return [[(x.to(torch.complex64), y) for x, y in images(64)]] * 3",
+        "the train split has images of torch.complex64, torch.strided; allowed: real, dense",
+    ),
+    "images without numbers": (
+        "def make(): return [[(x.to('meta'), y) for x, y in images(64)]] * 3",
+        "the train split has images on meta; allowed",
+    ),
+    "arrays": (
+        "def make(): return [[(x.numpy(), y) for x, y in images(64)]] * 3",
+        "the train split has as an item a tuple of ndarray, int; allowed: pairs of an image tensor",
+    ),
+    "mappings": (
+        "def make(): return [[{'image': x, 'label': y} for x, y in images(64)]] * 3",
+        "the train split has as an item a dict of 'image', 'label'; allowed: pairs of an image",
+    ),
+    "images beyond all measure": (
+        "def make(): return [[(1e30 * x, y) for x, y in images(64)]] * 3",
+        "e+30; allowed: up to 1e+09, normalised",
+    ),
     "no images at all": ("def make(): return [3, 4, 5]", "has no len()"),
     "its factory fails": ("def make(): return open('nowhere.npz')", "nowhere.npz"),
     "its item fails": (
@@ -256,3 +334,38 @@ def test_data(rlcompress, verb, code, says):
     # A line for each split.
     assert_told(told, says, lines=len(told.err.splitlines()))
     assert not Path("runs/tiny/dense").exists()
+
+
+OWN_PARTS = """
+def no_arguments(): return []
+def search(problem, history): return []
+def clip(weight): return weight
+def shares(weight, bits): return weight.no_such
+"""
+
+PARTS = {
+    "a searcher of nothing": (
+        "search.searcher=NAME:no_arguments",
+        ":no_arguments(): too many positional arguments; allowed: a function of (problem, settings,"
+        " history, measure)",
+    ),
+    "a searcher of two": ("search.searcher=NAME:search", ":search(problem, history): too many"),
+    "a baseline": ("search.baselines=[NAME:search]", ":search(problem, history): too many"),
+    "a clip rule of the weight": (
+        "search.clip=NAME:clip",
+        ':clip", called with (weight, bits): TypeError: clip() takes 1 positional argument but 2',
+    ),
+    "a clip rule that fails": (
+        "search.clip=NAME:shares",
+        "AttributeError: 'Tensor' object has no attribute 'no_such' (mine",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ["check", "search"])
+@pytest.mark.parametrize(("option", "says"), PARTS.values(), ids=PARTS)
+def test_functions_of_ones_own(rlcompress, verb, option, says):
+    name = f"mine{next(_numbers)}"
+    Path(f"{name}.py").write_text(OWN_PARTS)
+    assert_told(rlcompress(verb, "tiny", "--set", option.replace("NAME", name)), says)
+    assert not Path("runs").exists()

@@ -202,7 +202,7 @@ UNFIT = {
     "not finite": (lambda: state(**{"1.bias": torch.full((8,), torch.nan)}), "not finite: 1.bias"),
     "a tensor": (lambda: torch.zeros(3), "holds a Tensor"),
     "a list": (lambda: [torch.zeros(3)], "holds a list"),
-    "a whole network": (toy_network, "allowed: .safetensors, or a state dict"),
+    "a whole network": (toy_network, "allowed: a state dict, as torch.save(model.state_dict(), "),
 }
 
 

@@ -76,12 +76,14 @@ def compress(
 
     problems = Problems()
     ratio = _ratio(target) if problems.none_in(lambda: _ratio(target)) else 20.0
+    if weights == "":  # a shell variable that is not set; without weights it would be trained
+        problems.lines.append("--weights: empty; allowed: a file, or no --weights to train one")
     name = _name(model, data, f"{ratio:g}x")
     content: dict[str, Any] = {
         "description": f"rlcompress compress --target {target}",
         "model": {"factory": model},
         "data": {"factory": data},
-        "dense": {"weights": weights},
+        "dense": {"weights": weights or None},
         "search": {
             "searcher": "transfer",
             "policy": "default",

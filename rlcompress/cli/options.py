@@ -108,7 +108,9 @@ def open_run(
 
 def check_folder(folder: Path) -> None:
     above = (folder.absolute(), *folder.absolute().parents)
-    there = next(path for path in above if os.path.exists(path))  # False where one may not look
+    there = next(path for path in above if os.path.lexists(path))  # False where one may not look
+    if there.is_symlink() and not os.path.exists(there):
+        raise UserError(f"{folder}: {there} is a link to nowhere; name another with --out DIR")
     if not there.is_dir():
         raise UserError(f"{folder}: {there} is a file; name another folder with --out DIR")
     if not os.access(there, os.W_OK):

@@ -14,7 +14,7 @@ the manifest names, and nothing is allocated before lengths and shapes agree.
 
 from __future__ import annotations
 
-import itertools
+import json
 import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ from rlcompress.core.models import BUILT_IN, build_model
 from rlcompress.core.prune import resize
 from rlcompress.core.quant import encode, float_weight, learned_scales
 from rlcompress.core.reading import NORMS, leave_out, rest_of
+from rlcompress.core.rebuilt import require_kept, skeleton
 from rlcompress.core.schedule import FULL_PRECISION, MAX_BITS, MIN_BITS
 
 #: Of a network whose constructor must run for real.
@@ -58,12 +59,25 @@ class ModelRef:
                  "pkg.mod:function" that returns an `nn.Module`
     args         its keyword arguments, as JSON takes them
     num_classes  of the logits;  input_shape  one image's (C, H, W)
+
+    Raises UserError on arguments that JSON does not take.
     """
 
     factory: str
     args: Mapping[str, Any]
     num_classes: int
     input_shape: tuple[int, ...]  # (C, H, W)
+
+    def __post_init__(self) -> None:
+        given = [("num_classes", self.num_classes), ("input_shape", [*self.input_shape])]
+        problems = []
+        for name, value in (*self.args.items(), *given):
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                problems.append(f"ModelRef {self.factory}: {name} = {value!r}: {error}")
+        if problems:
+            raise UserError(*problems)
 
     def build(self, seed: int = 0) -> nn.Module:
         """The dense network in eval mode, its weights drawn by `seed`. Raises UserError where the
@@ -153,25 +167,27 @@ class Artifact:
     scales: Mapping[str, torch.Tensor]
 
 
-def load_artifact(path: Path | str, *, trust: Collection[str] = ()) -> nn.Module:
+def load_artifact(path: Path | str, *, trust: str | Collection[str] = ()) -> nn.Module:
     """The network in an artifact, in eval mode, float32, batch norms folded.
 
     Needs no other file. A file may only name the networks that rlcompress ships, or a
-    "pkg.mod:factory" that `trust` lists: importing and calling what a file says would run
-    whatever its author likes. Raises ArtifactError on a file that names another, or that is
-    not an intact artifact.
+    "pkg.mod:factory" that `trust` names, one or several: importing and calling what a file says
+    would run whatever its author likes. Raises ArtifactError on a file that names another, or that
+    is not an intact artifact.
     """
     return read_artifact(path, trust=trust).model
 
 
-def read_artifact(path: Path | str, *, trust: Collection[str] = ()) -> Artifact:
+def read_artifact(path: Path | str, *, trust: str | Collection[str] = ()) -> Artifact:
     """`load_artifact`, with bits and scales."""
     path = Path(path)
     manifest, data = unseal(path)
     try:
         with torch.inference_mode(False):  # plain tensors, wherever it is called from
             factory, args, num_classes, input_shape = manifest["model"]
-            if factory not in BUILT_IN and factory not in trust:
+            # A name is no collection of names: within it "in" would find any piece of it.
+            trusted = {trust} if isinstance(trust, str) else {*trust}
+            if factory not in BUILT_IN and factory not in trusted:
                 raise ArtifactError(
                     f"{path}: it asks for the network {factory!r}; if you trust that code: "
                     f"load_artifact(path, trust=[{factory!r}])"
@@ -179,11 +195,11 @@ def read_artifact(path: Path | str, *, trust: Collection[str] = ()) -> Artifact:
             ref = ModelRef(str(factory), dict(args), int(num_classes), tuple(map(int, input_shape)))
             table, begin = Table.unpack(data)
             # Without memory behind it: what a file asks for may be anything.
-            skeleton = _skeleton(ref)
+            bare = skeleton(ref)
             artifact = None
-            if skeleton is not None:
-                dense = sum(parameter.numel() for parameter in skeleton.parameters())
-                artifact = _fill(_shaped(skeleton, table), table, data, begin)
+            if bare is not None:
+                dense = sum(parameter.numel() for parameter in bare.parameters())
+                artifact = _fill(_shaped(bare, table), table, data, begin)
                 if dense > MAX_DENSE_NUMBERS and not _whole(artifact.model):
                     raise ValueError(f"it asks for a network of {dense} parameters")
             if artifact is None or not _whole(artifact.model):
@@ -201,64 +217,6 @@ def folded(model: nn.Module, network: Network, ref: ModelRef) -> nn.Module:
         path = Path(folder) / "weights.safetensors"
         path.write_bytes(pack(model, network, ref, {}, {}))
         return load_artifact(path, trust=[ref.factory])
-
-
-def require_rebuilds(ref: ModelRef, network: Network) -> None:
-    """Raises UserError unless `ref` builds the network that `network` describes, module by module:
-    no file of it could be read back."""
-    built = [name for name, _ in (_skeleton(ref) or ref.build()).named_modules()]
-    if built == list(network.modules):
-        return
-    pairs = itertools.zip_longest(built, network.modules, fillvalue="nothing")
-    number, (theirs, ours) = next((i, p) for i, p in enumerate(pairs) if p[0] != p[1])
-    raise UserError(
-        f"ModelRef {ref.factory} with {dict(ref.args)}: builds another network than the one to be "
-        f"written: module {number} is {theirs or 'the root'}, there it is {ours or 'the root'}"
-    )
-
-
-def require_kept(model: nn.Module, network: Network, ref: ModelRef) -> None:
-    """Raises UserError if tensors of `model` that are no floats, which no file holds, are others
-    than those of the network that `ref` builds."""
-    mine = _constants(model, network)
-    built = _constants(ref.build(), network) if mine else {}
-    lost = [
-        f"{name} ({tensor.dtype})"
-        for name, tensor in mine.items()
-        if name not in built
-        or built[name].dtype != tensor.dtype
-        or not torch.equal(built[name], tensor.cpu())
-    ]
-    if lost:
-        raise UserError(
-            f"{', '.join(lost)}: not what {ref.factory} builds; a file holds floats and leaves all "
-            "else to the constructor; allowed: the same values whatever the seed and the training"
-        )
-
-
-def _constants(model: nn.Module, network: Network) -> dict[str, torch.Tensor]:
-    """Name in the state dict -> tensor that is no float, of what the output depends on."""
-    known, unused = {*network.modules}, tuple(f"{name}." for name in network.unused)
-    return {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not tensor.is_floating_point()
-        # Read in training alone.
-        and not name.endswith("num_batches_tracked")
-        and name.rpartition(".")[0] in known
-        and not name.startswith(unused)
-    }
-
-
-def _skeleton(ref: ModelRef) -> nn.Module | None:
-    """The network without memory; None if its constructor needs real numbers."""
-    try:
-        with torch.device("meta"):
-            return ref.build()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        if ref.factory in BUILT_IN:
-            raise
-        return None
 
 
 def _whole(model: nn.Module) -> bool:

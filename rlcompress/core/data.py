@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from rlcompress.core.errors import OutsideError, UserError, blame
+from rlcompress.core.inputs import LARGEST
 from rlcompress.core.models import find_factory
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -240,13 +241,27 @@ def _pair(item: Any, name: str) -> tuple[torch.Tensor, Any]:
     if isinstance(item, tuple | list) and len(item) == 1:
         (item,) = item
     if isinstance(item, torch.Tensor):
-        return item, None
+        return _image(item, name), None
     if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], torch.Tensor):
-        return item[0], item[1]
+        return _image(item[0], name), item[1]
+    what = type(item).__name__
+    if isinstance(item, tuple | list):
+        what += f" of {', '.join(type(part).__name__ for part in item) or 'nothing'}"
+    elif isinstance(item, Mapping):
+        what += f" of {', '.join(map(repr, item)) or 'nothing'}"
     raise UserError(
-        f"data: the {name} split has a {type(item).__name__}; allowed: pairs of an image "
+        f"data: the {name} split has as an item a {what}; allowed: pairs of an image "
         "tensor (C, H, W) and a label, or image tensors alone"
     )
+
+
+def _image(image: torch.Tensor, name: str) -> torch.Tensor:
+    """Without the graph that it may come from."""
+    plain = image.layout == torch.strided and not image.is_meta and not image.is_quantized
+    if not plain or image.is_complex():
+        what = "on meta" if image.is_meta else f"of {image.dtype}, {image.layout}"
+        raise UserError(f"data: the {name} split has images {what}; allowed: real, dense numbers")
+    return image.detach()
 
 
 def _room(count: int, image: torch.Tensor, name: str) -> torch.Tensor:
@@ -295,9 +310,17 @@ def _sound(data: Data) -> Data:
                 f"data: the {name} split has {len(raw)} images and {len(split)} labels; allowed: "
                 f"as many of both, {fewest} or more"
             )
+        elif raw.is_complex():
+            found.append(f"data: the {name} split has images of {raw.dtype}; allowed: real numbers")
         elif raw.is_floating_point() and not bool(raw.isfinite().all()):
             number = int((~raw.isfinite().flatten(1).all(1)).nonzero()[0])
             found.append(f"data: image {number} of the {name} split has values that are not finite")
+        elif max(map(abs, map(float, raw.aminmax()))) > LARGEST:
+            most = max(map(abs, map(float, raw.aminmax())))
+            found.append(
+                f"data: the {name} split has values of up to {most:.2g}; allowed: up to "
+                f"{LARGEST:.0g}, normalised"
+            )
         elif data.labelled and not 0 <= split.labels_N.min() <= split.labels_N.max() < (
             data.num_classes
         ):
@@ -330,7 +353,9 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
     except Exception as error:  # the user's own code raises what it likes
         raise UserError(f'data "{factory}" with {dict(args)}: {blame(error)}') from error
     if isinstance(made, Data):
-        return _sound(made)
+        splits = {name: getattr(made, name) for name in _FEWEST}
+        plain = {n: replace(s, raw_NCHW=s.raw_NCHW.detach()) for n, s in splits.items()}
+        return _sound(replace(made, **plain))
     if not (isinstance(made, tuple | list) and len(made) == 3):
         raise UserError(f'data "{factory}": a factory returns train, validation and test data sets')
     names = ("train", "validation", "test")
@@ -343,7 +368,9 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
             f"data: labels in {', '.join(with_labels)} only; allowed: in all or in none"
         )
     # The user's own transform has normalised these images already.
-    splits = [Split(x, torch.zeros(len(x), dtype=torch.long) if y is None else y) for x, y in parts]
-    classes = max(int(split.labels_N.max()) for split in splits) + 1 if with_labels else 0
-    train, validation, test = splits
+    train, validation, test = (
+        Split(x, torch.zeros(len(x), dtype=torch.long) if y is None else y) for x, y in parts
+    )
+    most = max(int(split.labels_N.max()) for split in (train, validation, test))
+    classes = most + 1 if with_labels else 0
     return _sound(Data(train, validation, test, classes, labelled=bool(with_labels)))

@@ -32,6 +32,7 @@ from rlcompress.core.fitted import CutNetwork, network_of, trained, trainee
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
 from rlcompress.core.inputs import (
     class_problems,
+    count_of,
     estimate_problems,
     image_problems,
     label_problems,
@@ -391,7 +392,7 @@ def build_evaluator(
         [
             *image_problems("fit", fit, model, network),
             *image_problems("score", score, model, network),
-            *label_problems(labels, len(score)),
+            *label_problems(labels, count_of(score)),
             *option_problems(recovery, positions, precision),
             *estimate_problems(estimates, network),
         ]

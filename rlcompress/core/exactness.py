@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.prune import cut, masked
 from rlcompress.core.reading import NORMS
@@ -66,8 +67,11 @@ def _agrees(model: nn.Module, network: Network, names: Collection[str], x: torch
 @torch.no_grad()
 def random_copy(model: nn.Module) -> nn.Module:
     """A copy with random weights: a head or a branch that starts at zero would hide what is cut
-    before it."""
-    probe = copy.deepcopy(model)
+    before it. Raises UserError for a network that cannot be copied."""
+    try:
+        probe = copy.deepcopy(model)
+    except Exception as error:  # what the user's own code keeps may have no copy
+        raise UserError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
     generator = torch.Generator().manual_seed(0)
     for parameter in probe.parameters():
         if parameter.is_floating_point():

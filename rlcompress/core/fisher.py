@@ -9,10 +9,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rlcompress.core.errors import UserError
 from rlcompress.core.graph import Link, Network
 
 #: Share of its maximum that the mean entropy of the softened predictions comes to.
 ENTROPY_SHARE = 0.25
+
+
+def sound_logits(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """The logits (N, classes). Raises UserError where they give no probabilities: a class may be
+    ruled out by a logit of -inf, all of them may not."""
+    bad = int((~logits.softmax(1).isfinite().all(1)).sum())
+    if bad:
+        raise UserError(
+            f"{type(model).__name__} puts out logits that are not finite, for {bad} of "
+            f"{len(logits)} images; allowed: finite ones (see its weights, and the images' range)"
+        )
+    return logits
 
 
 def temperature_of(logits: torch.Tensor) -> float:

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 @dataclass
 class CutNetwork:
     """A cut network with float weights, and the scale_O (O,) of each quantized layer: what a
-    step of its integer codes is worth, in units of the weights; 0 of a channel that is."""
+    step of its integer codes is worth, in units of the weights; 0 of a channel that is. `bits` are
+    those that the scales are for."""
 
     model: nn.Module
     scales: dict[str, torch.Tensor]
+    bits: Mapping[str, int]
 
     def cpu(self) -> CutNetwork:
-        return CutNetwork(self.model.cpu(), {n: scale.cpu() for n, scale in self.scales.items()})
+        scales = {name: scale.cpu() for name, scale in self.scales.items()}
+        return CutNetwork(self.model.cpu(), scales, self.bits)
 
 
 def fitted_network(model: nn.Module, evaluator: Evaluator, schedule: Schedule) -> CutNetwork:
@@ -52,23 +55,23 @@ def network_of(model: nn.Module, network: Network, prefix: Prefix) -> CutNetwork
     fitted = prefix.fitted
     small = cut(model, network, prefix.kept)
     modules = dict(small.named_modules())
-    scales = {}
+    scales, bits = {}, {}
     with torch.no_grad():
-        for name, layer in network.layers.items():
+        for (name, layer), (_, width) in zip(network.layers.items(), prefix.choices, strict=True):
             part: FittedLayer = fitted[name]
             module = modules[name]
             module.weight.copy_(part.weight)  # type: ignore[union-attr, operator]
             if part.bias is not None:
                 module.bias.copy_(part.bias)  # type: ignore[union-attr, operator]
             if part.scale_O is not None:
-                scales[name] = part.scale_O.clone()
+                scales[name], bits[name] = part.scale_O.clone(), width
             if layer.batch_norm:
                 assert part.mean_O is not None
                 assert part.variance_O is not None
                 _set_statistics(modules[layer.batch_norm], part.mean_O, part.variance_O)
         for name, (mean, variance) in prefix.norms.items():
             _set_statistics(modules[name], mean, variance)
-    return CutNetwork(small.eval(), scales)
+    return CutNetwork(small.eval(), scales, bits)
 
 
 def trainee(start: CutNetwork, network: Network, bits: Mapping[str, int]) -> nn.Module:
@@ -96,7 +99,7 @@ def trained(start: CutNetwork, network: Network, model: nn.Module) -> CutNetwork
         for name, module in plain.named_modules():
             if name in network.layers:
                 module.weight.copy_(float_weight(modules[name]))  # type: ignore[union-attr, operator]
-    return CutNetwork(plain.eval(), {**start.scales, **learned_scales(model)})
+    return CutNetwork(plain.eval(), {**start.scales, **learned_scales(model)}, start.bits)
 
 
 def _set_statistics(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor) -> None:

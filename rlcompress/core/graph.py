@@ -144,6 +144,8 @@ class Network:
 
     def validate(self, schedule: Schedule) -> None:
         """Raises UserError naming every group and layer the network does not have."""
+        if not isinstance(schedule, Schedule):
+            raise UserError(f"schedule: a {type(schedule).__name__}; allowed: a Schedule")
         problems = [
             f"schedule {part}: no {part_name} {name!r} in the network"
             for part, part_name, names, known in (

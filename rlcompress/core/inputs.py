@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from rlcompress.core.errors import UserError, did_you_mean
+from rlcompress.core.errors import UserError, blame, did_you_mean
 from rlcompress.core.graph import Network
-from rlcompress.core.process import PRECISIONS
+from rlcompress.core.process import PRECISIONS, seeded
 from rlcompress.core.schedule import MAX_BITS, MIN_BITS, RECOVERIES, parse_recovery
 
 if TYPE_CHECKING:
     from rlcompress.core.sensitivity import Estimates
+
+
+#: Of an image's values: the squares of larger ones overflow in float32 sums.
+LARGEST = 1e9
 
 
 @contextmanager
@@ -61,25 +66,68 @@ def image_problems(
     name: str, images: torch.Tensor, model: nn.Module, network: Network
 ) -> list[str]:
     """What is wrong with `images`: they are (N, C, H, W), as many channels as the network was read
-    with, of the weights' type and on their device, finite, at least one."""
+    with, of the weights' type and on their device, finite and of some size, at least one."""
+    if found := tensor_problems(name, images):
+        return found
     channels = network.input_shape[0]
     if images.ndim != 4 or images.shape[1] != channels or images.numel() == 0:
         return [
             f"{name}: of shape {tuple(images.shape)}; "
             f"allowed: (N, {channels}, H, W) with at least one image"
         ]
-    like = next(p for p in model.parameters() if p.is_floating_point())
+    if found := likeness_problems(name, images, model):
+        return found
+    if not bool(images.isfinite().all()):
+        return [f"{name}: has values that are not finite"]
+    most = max(map(abs, map(float, images.aminmax())))
+    if most > LARGEST:
+        return [f"{name}: has values of up to {most:.2g}; allowed: up to {LARGEST:.0g}, normalised"]
+    return _answer_problems(name, images[:2], model)
+
+
+def tensor_problems(name: str, value: object) -> list[str]:
+    """Whether it is a tensor at all."""
+    if isinstance(value, torch.Tensor):
+        return []
+    return [f"{name}: a {type(value).__name__}; allowed: a torch.Tensor"]
+
+
+def likeness_problems(name: str, images: torch.Tensor, model: nn.Module) -> list[str]:
+    """Whether images are of the weights' type and on their device."""
+    layers = (m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    like = next(layers, images)
     if images.device != like.device:
         return [f"{name}: on {images.device}; the network is on {like.device}"]
     if images.dtype != like.dtype:
         return [f"{name}: {images.dtype}; allowed: {like.dtype}, as the network's weights"]
-    return [] if bool(images.isfinite().all()) else [f"{name}: has values that are not finite"]
+    return []
+
+
+def _answer_problems(name: str, images: torch.Tensor, model: nn.Module) -> list[str]:
+    """Whether the network takes images of this size, and answers with a row of logits for each."""
+    model_name, count = type(model).__name__, len(images)
+    try:
+        with borrowed(model), seeded(0), torch.no_grad():
+            shape = tuple(model(images).shape)
+    except Exception as error:  # the user's own code raises what it likes
+        size = tuple(images.shape[1:])
+        return [f"{name}: images of {size}, which {model_name} cannot be run on: {blame(error)}"]
+    if len(shape) == 2 and shape[0] == count:
+        return []
+    return [f"{model_name} returns {shape} for {count} images; allowed: logits ({count}, classes)"]
+
+
+def count_of(images: object) -> int:
+    """How many images there are; 0 where it is no tensor of them."""
+    return len(images) if isinstance(images, torch.Tensor) and images.ndim else 0
 
 
 def label_problems(labels: torch.Tensor | None, count: int) -> list[str]:
     """What is wrong with the labels (count,) of as many images."""
-    if labels is None:
+    if labels is None or not count:
         return []
+    if found := tensor_problems("labels", labels):
+        return found
     if tuple(labels.shape) != (count,):
         return [f"labels: of shape {tuple(labels.shape)}; allowed: ({count},), one a scored image"]
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -115,11 +163,15 @@ def option_problems(recovery: str, positions: int, precision: str) -> list[str]:
 
 
 def count_problems(least: int = 1, /, **counts: int) -> list[str]:
-    """Numbers below the `least` that there must be."""
-    return [
-        f"{name} = {count}: must be {least} or more"
+    """Numbers that are not whole, or below the `least` that there must be."""
+    whole = {
+        name: isinstance(count, Integral) and not isinstance(count, bool)
         for name, count in counts.items()
-        if count < least
+    }
+    return [
+        f"{name} = {count!r}: must be {'' if whole[name] else 'a whole number, '}{least} or more"
+        for name, count in counts.items()
+        if not whole[name] or count < least
     ]
 
 
@@ -136,4 +188,4 @@ def estimate_problems(estimates: Estimates, network: Network) -> list[str]:
 def require(problems: Sequence[str]) -> None:
     """Raises UserError with a line for each of `problems`, if there are any."""
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))  # two sets of images may have one mistake

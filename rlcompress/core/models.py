@@ -207,7 +207,8 @@ def build_model(
     """The network, freshly initialised from `seed`, in eval mode, its attention as plain layers.
 
     `num_classes` (if known: not 0) and `in_channels` come from the data and are passed where the
-    factory takes them and `args` does not name them. Raises UserError if the factory refuses its
+    factory takes them and `args` does not name them. One that comes frozen as a whole, as trained
+    networks do, is to be trained all the same. Raises UserError if the factory refuses its
     arguments.
     """
     function = find_factory(factory, BUILT_IN)
@@ -232,4 +233,9 @@ def build_model(
         raise UserError(
             f'model "{factory}" gave a {type(model).__name__}; a factory returns a torch.nn.Module'
         )
-    return plain_attention(model).eval()
+    model = plain_attention(model).eval()
+    parameters = [*model.parameters()]
+    if not any(parameter.requires_grad for parameter in parameters):
+        for parameter in parameters:
+            parameter.requires_grad_(parameter.is_floating_point() and not parameter.is_inference())
+    return model

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rlcompress.core.errors import UserError, did_you_mean
+from rlcompress.core.errors import UserError, blame, did_you_mean
 from rlcompress.core.graph import Network
 from rlcompress.core.models import find_factory
 from rlcompress.core.schedule import FULL_PRECISION
@@ -171,7 +171,13 @@ def choose_clip(
 
 
 def own_clip(rule: str, weight: torch.Tensor, bits: int) -> torch.Tensor:
-    clip_O = find_factory(rule, {})(weight, bits)
+    """What "package.module:function" gives, called as `mse_clip` is. Raises UserError for anything
+    but a share in (0, 1] for each channel."""
+    function = find_factory(rule, {})
+    try:
+        clip_O = function(weight, bits)
+    except Exception as error:  # the user's own code raises what it likes
+        raise UserError(f'clip "{rule}", called with (weight, bits): {blame(error)}') from error
     shaped = isinstance(clip_O, torch.Tensor) and clip_O.shape == weight.shape[:1]
     if not shaped or not bool(((clip_O > 0) & (clip_O <= 1)).all()):
         raise UserError(

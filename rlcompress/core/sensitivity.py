@@ -35,11 +35,12 @@ from torch import nn
 
 from rlcompress.core.calls import Call, LayerCalls
 from rlcompress.core.errors import UserError
-from rlcompress.core.fisher import backward, readers_of, temperature_of
+from rlcompress.core.fisher import backward, readers_of, sound_logits, temperature_of
 from rlcompress.core.graph import Link, Network
 from rlcompress.core.inputs import (
     borrowed,
     choice_problems,
+    count_of,
     count_problems,
     image_problems,
     require,
@@ -266,7 +267,7 @@ def estimate(
 
     Raises UserError, a line for each thing that is wrong with what it is given.
     """
-    few = {"told": told} if told is not None else {"images": len(images) or 2}
+    few = {"told": told} if told is not None else {"images": count_of(images) or 2}
     require(
         [
             *choice_problems(keeps, bits),
@@ -297,7 +298,8 @@ def _estimate(
     images, rest = images.tensor_split([len(images) if told is None else told])
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        temperature = temperature_of(torch.cat([model(chunk) for chunk in images.split(batch)]))
+        logits = torch.cat([model(chunk) for chunk in images.split(batch)])
+        temperature = temperature_of(sound_logits(model, logits))
     with all_gradients(model):
         fisher, importance = _first_pass(model, network, images, temperature, generator)
         kept: dict[str, list[np.ndarray]] = {name: [] for name in network.groups}

@@ -175,7 +175,7 @@ class Squeezed:
                 clip_O = squeeze.clip_O[torch.from_numpy(out).to(weight.device)]
                 scales[name] = scale_of(weight, clip_O, squeeze.bits)
                 weight.copy_(fake_quantize(weight, scales[name], squeeze.bits))
-        return CutNetwork(small, scales)
+        return CutNetwork(small, scales, {name: self._squeezes[name].bits for name in scales})
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; the weights are in the model's own."""

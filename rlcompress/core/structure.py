@@ -12,15 +12,21 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from rlcompress.core.attention import Attention
 from rlcompress.core.calls import layer_weights
 from rlcompress.core.coupling import Coupling, Member, couple
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, blame
 from rlcompress.core.exactness import checked, random_copy
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
-from rlcompress.core.inputs import borrowed
+from rlcompress.core.inputs import (
+    borrowed,
+    count_problems,
+    likeness_problems,
+    require,
+    tensor_problems,
+)
+from rlcompress.core.ordinary import require_ordinary
 from rlcompress.core.reading import (
     Reading,
     all_gradients,
@@ -39,14 +45,17 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     The model is left as it was. Coupled channels: torch-pruning's dependency graph (DepGraph,
     Fang et al., 2023).
 
-    Raises UserError if it cannot be run, does not return one tensor, has no layer, is not in
-    float32, has complex parameters, or computes layers that its output does depend on without
+    Raises UserError if it cannot be copied or run, does not return one tensor, has no layer, is not
+    in float32, has complex parameters, or computes layers that its output does depend on without
     gradients.
     """
+    require_ordinary(model)
+    require(tensor_problems("example", example) + count_problems(round_to=round_to))
     weights = layer_weights(model)
     _refuse_shared(model)
     _refuse_other_types(weights)
     _refuse_complex(model)
+    require(likeness_problems("example", example, model))
     with borrowed(model):
         # Whole it is called with copies; its parts, where they are read, are not.
         return _read_and_checked(model, example.clone(), round_to)
@@ -71,14 +80,19 @@ def _read_and_checked(model: nn.Module, example: torch.Tensor, round_to: int) ->
 @torch.inference_mode()
 def require_logits(model: nn.Module, example: torch.Tensor, classes: int) -> None:
     """Raises UserError unless the network, which `build_network` could read, answers one image
-    (1, C, H, W) with logits (1, classes) or more."""
-    with borrowed(model):
-        shape = tuple(model(example).shape)
-    if len(shape) != 2 or shape[0] != 1 or shape[1] < classes:
-        raise UserError(
-            f"{type(model).__name__} returns {shape} for one image; "
-            f"allowed: logits (1, {classes}), one for each class of the data"
-        )
+    (1, C, H, W), and two, with a row of `classes` logits or more for each."""
+    name = type(model).__name__
+    for count, words in ((1, "one image"), (2, "two images")):
+        try:
+            with borrowed(model):
+                shape = tuple(model(example.expand(count, -1, -1, -1)).shape)
+        except Exception as error:  # the user's own code raises what it likes
+            raise UserError(f"{name} cannot be run on {words}: {blame(error)}") from error
+        if len(shape) != 2 or shape[0] != count or shape[1] < classes:
+            raise UserError(
+                f"{name} returns {shape} for {words}; "
+                f"allowed: logits ({count}, {classes}), one for each class of the data"
+            )
 
 
 def _refuse_shared(model: nn.Module) -> None:
@@ -89,7 +103,7 @@ def _refuse_shared(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             mine, own = f"{name}.{leaf}".lstrip("."), name in layers
-            memory = id(parameter) if is_lazy(parameter) else parameter.data_ptr() or id(parameter)
+            memory = parameter.data_ptr() or id(parameter)
             other, others = holders.setdefault(memory, (mine, own))
             if other != mine and (own or others):
                 raise UserError(f"{other!r} and {mine!r} share one parameter: not supported")

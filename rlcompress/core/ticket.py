@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rlcompress.core.artifact import ModelRef, load_artifact, pack, require_rebuilds
+from rlcompress.core.artifact import ModelRef, load_artifact, pack
 from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Split
 from rlcompress.core.evaluate import Evaluator
@@ -40,6 +40,7 @@ from rlcompress.core.graph import Network
 from rlcompress.core.problem import pick_device
 from rlcompress.core.prune import cut, kept_channels
 from rlcompress.core.quant import mse_clip, scale_of
+from rlcompress.core.rebuilt import require_one_network, require_rebuilds
 from rlcompress.core.schedule import ARMS, FULL_PRECISION, Schedule
 from rlcompress.core.train import Checkpoint, Recipe, epochs, teach
 
@@ -54,13 +55,13 @@ def cut_network(
     bits. `model` itself stays whole; the copy is in its mode."""
     small = cut(model, network, kept)
     modules = dict(small.named_modules())
+    widths = {name: schedule.width(name) for name in network.layers}
+    bits = {name: width for name, width in widths.items() if width != FULL_PRECISION}
     scales = {}
-    for name in network.layers:
-        bits = schedule.width(name)
-        if bits != FULL_PRECISION:
-            weight = modules[name].weight.detach()
-            scales[name] = scale_of(weight, mse_clip(weight, bits), bits)
-    return CutNetwork(small, scales)
+    for name, width in bits.items():
+        weight = modules[name].weight.detach()
+        scales[name] = scale_of(weight, mse_clip(weight, width), width)
+    return CutNetwork(small, scales, bits)
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,11 @@ def write_network(
     """Writes the packed artifact; whole or not there. `small` is rounded to what the file can hold,
     in place. `ref` says who builds the dense network.
 
-    Raises UserError if `ref` builds another network, or a number is not finite.
+    Raises UserError if `ref` builds another network, `small` is not `network` cut and quantized by
+    `schedule`, or a number is not finite.
     """
     require_rebuilds(ref, network)
+    require_one_network(small, network, schedule)
     bits = {name: schedule.width(name) for name in network.layers}
     small.model.to("cpu")
     scales = {name: scale.cpu() for name, scale in small.scales.items()}

@@ -8,7 +8,7 @@ an undisturbed one does (on one device and thread count). Checkpoints are safete
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from rlcompress.core.cost import Cost
 from rlcompress.core.data import Split
-from rlcompress.core.errors import UserError
+from rlcompress.core.errors import UserError, blame
+from rlcompress.core.fisher import sound_logits
 from rlcompress.core.measure import compare, divergence
 from rlcompress.core.process import seeded
 from rlcompress.core.schedule import Measurement
@@ -93,9 +94,38 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> 
     optimizer.step()
 
 
-def first_output(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The logits of a network that in training returns auxiliary heads behind them (GoogLeNet)."""
-    return outputs[0] if isinstance(outputs, tuple) else outputs
+def first_output(outputs: Any) -> Any:
+    """The logits of a network that in training returns more: auxiliary heads behind them
+    (GoogLeNet), or a mapping that has them under "out" (torchvision's segmenters) or "logits", else
+    as its first tensor."""
+    if isinstance(outputs, Mapping):
+        named = [outputs.get(key) for key in ("out", "logits")]
+        tensors = [t for t in (*named, *outputs.values()) if isinstance(t, torch.Tensor)]
+        return tensors[0] if tensors else outputs
+    return outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+
+
+def require_trains(model: nn.Module, images: torch.Tensor) -> None:
+    """Raises UserError unless a copy of the network, in training mode, answers `images`
+    (N, C, H, W) with logits (N, classes), and gradients come back from them."""
+    name, probe, count = type(model).__name__, copy.deepcopy(model).train(), len(images)
+    try:
+        with seeded(0):
+            logits = first_output(probe(images))
+            shape = tuple(getattr(logits, "shape", ()))
+            rows = len(shape) == 2 and shape[0] == count
+            if rows:
+                sound_logits(model, logits.detach())
+                F.cross_entropy(logits, torch.zeros(count, dtype=torch.long)).backward()
+    except UserError:
+        raise
+    except Exception as error:  # the user's own code raises what it likes
+        raise UserError(f"{name} cannot be trained on {count} images: {blame(error)}") from error
+    if not rows:
+        raise UserError(
+            f"{name} in training returns {shape or type(logits).__name__} for {count} images; "
+            f"allowed: logits ({count}, classes), alone or first in a tuple, list or mapping"
+        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -97,6 +97,7 @@ def _complaint(model: type[BaseModel], error: ErrorDetails) -> str:
     plain = {
         "missing": "missing, and has no default",
         "tuple_type": "must be a list",
+        "string_too_short": "must not be empty",
         "string_pattern_mismatch": "must be letters, digits, '.', '_' and '-'",
         "invalid-json-value": "must be numbers, text, true, false, null, lists or mappings",
     }

@@ -52,7 +52,9 @@ class DenseSpec(Section):
     """Training of the dense network."""
 
     weights: str | None = Field(
-        None, description="a trained state dict (.safetensors or .pt) instead of training one"
+        None,
+        min_length=1,
+        description="a trained state dict (.safetensors or .pt) instead of training one",
     )
     epochs: int = Field(12, ge=1, description="passes over the training images")
     batch_size: int = Field(128, ge=1, description="images a step")

@@ -10,7 +10,8 @@ yields as many count as there are evaluations left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -22,14 +23,32 @@ from rlcompress.searchers.base import Measure, Search, Settings, in_process
 
 __all__ = ["SEARCHERS", "Measure", "Search", "Settings", "find", "in_process"]
 
+#: What a search is called with, in this order.
+_GIVEN = ("problem", "settings", "history", "measure")
 SEARCHERS = ("uniform", "taylor", "random", "knapsack", "local", "evolution")
+
+
+def own_search(name: str) -> Callable[..., object]:
+    """The function that "package.module:function" names. Raises UserError where there is none, or
+    it does not take what a search is given."""
+    own = find_factory(name, {})
+    try:
+        takes = inspect.signature(own)
+    except ValueError:  # of a function that is not Python's
+        return own
+    try:
+        takes.bind(*_GIVEN)
+    except TypeError as error:
+        given = ", ".join(_GIVEN)
+        raise UserError(f"{name}{takes}: {error}; allowed: a function of ({given})") from error
+    return own
 
 
 def find(name: str) -> Search:
     """The search function of a searcher that needs no Ray, or of "package.module:function".
     Raises KeyError on another name, UserError if there is no such function."""
     if ":" in name:
-        own = find_factory(name, {})
+        own = own_search(name)
 
         def search(
             problem: Problem, settings: Settings, history: Sequence[Record], measure: Measure

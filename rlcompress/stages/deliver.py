@@ -225,11 +225,13 @@ def last_lines(run: Workspace) -> None:
     points = 100 * (small["accuracy"] - dense["accuracy"])
     accuracies = (f"{dense['accuracy']:.2%}", f"{small['accuracy']:.2%}")
     densities = (f"{dense['density']:.1f}", f"{small['density']:.1f}")
+    # A dense network that is always wrong has none.
+    times = f"{small['density'] / dense['density']:.1f}x" if dense["density"] else ""
     rows = [
         (measure, *accuracies, f"{points:+.2f} points"),
         ("bytes on disk", *_fewer(dense, small, "bytes")),
         ("MACs", *_fewer(dense, small, "macs")),
-        ("density, %/MB", *densities, f"{small['density'] / dense['density']:.1f}x"),
+        ("density, %/MB", *densities, times),
     ]
     rows += _runtime_rows(run.folder / "tickets" / best["id"], run.folder / "dense" / "model.onnx")
     for row in rows:

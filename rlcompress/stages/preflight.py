@@ -6,15 +6,20 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from rlcompress.core.artifact import require_kept
 from rlcompress.core.data import BUILT_IN as DATA
 from rlcompress.core.dynamic import DynamicCompressor
 from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.files import read_json
 from rlcompress.core.models import BUILT_IN as MODELS
 from rlcompress.core.models import find_factory
+from rlcompress.core.quant import own_clip
+from rlcompress.core.rebuilt import require_kept
+from rlcompress.core.schedule import MAX_BITS
+from rlcompress.core.train import require_trains
+from rlcompress.searchers import own_search
 from rlcompress.stages.policies import policy_of
 from rlcompress.stages.weights import load_weights
 from rlcompress.stages.workspace import MARKER, Workspace
@@ -62,9 +67,11 @@ def require_possible(
     """
     e, problems = run.experiment, Problems()
     if searches:
-        for name in {e.search.searcher, *e.search.baselines, e.search.clip}:
+        for name in {e.search.searcher, *e.search.baselines}:
             if ":" in name:
-                problems.none_in(lambda name=name: find_factory(name, {}))  # type: ignore[misc]
+                problems.none_in(lambda name=name: own_search(name))  # type: ignore[misc]
+    if ":" in e.search.clip:
+        problems.none_in(lambda: own_clip(e.search.clip, torch.ones(4, 3, 3, 3), MAX_BITS))
     if not _made(run, searches=searches) and _built(run, problems):
         _trainable(run, problems, searches=searches)
     for name, member in (zoo or {}).items():
@@ -97,10 +104,11 @@ def _built(run: Workspace, problems: Problems) -> bool:
 
 
 def _kept(run: Workspace, problems: Problems) -> nn.Module | None:
-    """The network, if a file can hold it."""
+    """The network, if it can be read; whether it can be trained, and a file hold it."""
     if not problems.none_in(lambda: run.structure):
         return None
     model = run.ref.build(run.experiment.seed + 1)  # of the control `fresh`; files are read with 0
+    problems.none_in(lambda: require_trains(model, run.data.train.images(slice(0, 2))))
     problems.none_in(lambda: require_kept(model, run.structure, run.ref))
     return model
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +18,55 @@ from rlcompress.core.tensors import load_tensors
 
 #: Under which trainers keep the state dict in a checkpoint.
 _NESTS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
+#: What wraps a network puts before its names: DistributedDataParallel, torch.compile, Lightning.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 _SHOWN = 3
+_SAVED = "torch.save(model.state_dict(), PATH)"
 
 
-def digest_of_file(path: Path) -> str:
-    """Twelve hex digits that name a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+def digest_of_weights(path: Path) -> str:
+    """Twelve hex digits that name a file's content; "" where there is none. Raises UserError where
+    it cannot be read."""
+    with _reading(path):
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """A state dict (.safetensors, or what `torch.save` wrote) into the network, in place, which is
-    left in eval mode. A checkpoint that holds one under a usual name, and DistributedDataParallel's
-    prefix, are seen through.
+    left in eval mode. A checkpoint that holds one under a usual name, and the prefixes of usual
+    wrappers, are seen through; how many batches norms have seen may be missing.
 
     Raises UserError, which says what does not fit.
     """
-    state = _plain(_read(path), path)
     own = model.state_dict()
+    state = _named_as(own, _plain(_read(path), path))
+    odd = {name: why for name, t in state.items() if (why := _why_odd(t, own.get(name)))}
+    known = {name: tensor for name, tensor in state.items() if name in own and name not in odd}
+    plain = {name: tensor for name, tensor in known.items() if tensor.is_floating_point()}
     problems = [
         f"{what}: {_few(names)}"
         for what, names in (
-            ("missing", [name for name in own if name not in state]),
+            (
+                "missing",
+                [n for n in own if n not in state and not n.endswith("num_batches_tracked")],
+            ),
             ("not in the network", [name for name in state if name not in own]),
+            ("no plain floats", [f"{name} ({why})" for name, why in odd.items()]),
             (
                 "of another shape",
                 [
                     f"{name} {tuple(tensor.shape)}, the network's is {tuple(own[name].shape)}"
-                    for name, tensor in state.items()
-                    if name in own and tensor.shape != own[name].shape
+                    for name, tensor in known.items()
+                    if tensor.shape != own[name].shape
                 ],
             ),
+            ("not finite", [name for name, t in plain.items() if not t.isfinite().all()]),
             (
-                "not finite",
-                [
-                    name
-                    for name, t in state.items()
-                    if t.is_floating_point() and not t.isfinite().all()
-                ],
+                "below zero",
+                [n for n, t in plain.items() if n.endswith("running_var") and bool((t < 0).any())],
             ),
         )
         if names
@@ -60,24 +74,71 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if problems:
         raise UserError(
             f"dense.weights = {path}: do not fit the network of `model`: {'; '.join(problems)}"
-            + _hint(own, state)
+            + _hint(own, known)
         )
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
     model.eval()
 
 
+def _named_as(
+    own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Without the prefixes that keep names from being the network's; as they are, if none does."""
+    chains = (itertools.product(_WRAPPERS, repeat=depth) for depth in range(4))
+    prefixes = ["".join(chain) for chain in itertools.chain(*chains)]
+    best = max(prefixes, key=lambda prefix: sum(n.removeprefix(prefix) in own for n in state))
+    return {name.removeprefix(best): tensor for name, tensor in state.items()}
+
+
+def _why_odd(tensor: torch.Tensor, own: torch.Tensor | None) -> str:
+    """Why a tensor cannot become the network's `own`; empty if it can."""
+    if tensor.is_quantized:
+        return "quantized; allowed: dequantized"
+    if tensor.is_meta:
+        return "on meta, without numbers"
+    if tensor.layout != torch.strided:
+        return f"{tensor.layout}; allowed: torch.strided"
+    if own is not None and own.is_floating_point() and not tensor.is_floating_point():
+        return f"{tensor.dtype}, the network's is {own.dtype}"
+    return ""
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"dense.weights = {path}: cannot be read: {error.strerror}") from error
+
+
 def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"dense.weights = {path}: no such file")
+    with _reading(path):
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "no such file"
+            raise UserError(f"dense.weights = {path}: {what}")
+        path.open("rb").close()
     try:
         if path.suffix == ".safetensors":
             return load_tensors(path)[0]
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its unpickler stumbles over
-        raise UserError(
-            f"dense.weights = {path}: not readable as weights ({first_line(error)[:120]}); "
-            "allowed: .safetensors, or a state dict from torch.save(model.state_dict(), PATH)"
-        ) from error
+        raise UserError(f"dense.weights = {path}: {_why_unreadable(error)}") from error
+
+
+def _why_unreadable(error: Exception) -> str:
+    """In place of torch's advice, which is to run what the file says."""
+    text = str(error)
+    if "TorchScript" in text:
+        return f"holds a whole TorchScript module; allowed: a state dict, as {_SAVED} writes it"
+    if named := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"holds a whole module, or other objects than tensors ({named[1]}): reading them would "
+            f"run code; allowed: a state dict, as {_SAVED} writes it"
+        )
+    return (
+        f"not readable as weights ({first_line(error)[:120]}); "
+        f"allowed: .safetensors, or a state dict from {_SAVED}"
+    )
 
 
 def _plain(read: Any, path: Path) -> dict[str, torch.Tensor]:
@@ -87,13 +148,10 @@ def _plain(read: Any, path: Path) -> dict[str, torch.Tensor]:
         state = nested[0] if nested else read
         tensors = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
         if tensors and (nested or len(tensors) == len(state)):
-            if all(name.startswith("module.") for name in tensors):
-                tensors = {name.removeprefix("module."): t for name, t in tensors.items()}
             return tensors
     raise UserError(
         f"dense.weights = {path}: holds a {type(read).__name__}, no state dict; allowed: what "
-        "torch.save(model.state_dict(), PATH) writes, or a mapping with one under "
-        f"{', '.join(_NESTS)}"
+        f"{_SAVED} writes, or a mapping with one under {', '.join(_NESTS)}"
     )
 
 

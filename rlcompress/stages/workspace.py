@@ -35,7 +35,7 @@ from rlcompress.lock import Lock, move_aside
 from rlcompress.spec import Experiment, spec_hash, write_resolved, write_single
 from rlcompress.stages.inputs import Inputs
 from rlcompress.stages.storage import Storage
-from rlcompress.stages.weights import digest_of_file, load_weights
+from rlcompress.stages.weights import digest_of_weights, load_weights
 
 #: Of a folder: names what its content is made from.
 MARKER = "inputs.json"
@@ -160,8 +160,8 @@ class Workspace:
         if not self.experiment.dense.weights:
             return ""
         path, known = Path(self.experiment.dense.weights), self.folder / "dense" / "metrics.json"
-        if path.is_file():
-            return digest_of_file(path)
+        if digest := digest_of_weights(path):
+            return digest
         there = known.exists() and not self.fresh
         return str(read_json(known).get("weights", "")) if there else ""
 

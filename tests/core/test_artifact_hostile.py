@@ -316,3 +316,15 @@ def test_a_file_cannot_name_code_to_run(tmp_path):
     with pytest.raises(ArtifactError, match="if you trust that code"):
         load_artifact(tmp_path / "crafted")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_name_to_trust_is_that_name_alone(intact, tmp_path):
+    """Given as a text, it is not searched for what the file names."""
+    path, asks = tmp_path / "a", ["tests.toy:toy_network", {}, 10, [1, 16, 16]]
+    path.write_bytes(with_manifest(intact, model=asks))
+    for name in ("tests.toy:toy_network_of_mine", "", ()):
+        with pytest.raises(ArtifactError, match="if you trust that code"):
+            load_artifact(path, trust=name)
+    for name in ("tests.toy:toy_network", ["tests.toy:toy_network"]):
+        with pytest.raises(ArtifactError, match="not an intact rlcompress artifact"):
+            load_artifact(path, trust=name)

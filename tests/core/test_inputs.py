@@ -145,3 +145,83 @@ def test_small_networks_answer_as_they_are(trained, estimates, fit, score):
     kept = evaluator.kept(schedule)
     model.eval()
     assert not cut_network(model, trained.network, kept, schedule).model.training
+
+
+def test_logits_that_are_no_numbers(fit):
+    """One that rules a class out is one; the network is named, and not what stumbles over it."""
+
+    class Out(nn.Module):
+        def __init__(self, added: list[float]) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1))
+            self.register_buffer("added", torch.tensor(added))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).mean((2, 3)) + self.added
+
+    choices = {"keeps": (0.5, 1.0), "bits": (4,)}
+    for added, bad in (([0, torch.nan, 0], 8), ([0, 0, torch.inf], 8), ([-torch.inf] * 3, 8)):
+        model = Out(added).eval()
+        network = build_network(Out([0.0, 0.0, 0.0]).eval(), fit[:1])
+        (line,) = refused(estimate, model, network, fit[:8], **choices)
+        assert line.startswith(f"Out puts out logits that are not finite, for {bad} of 8 images")
+    model = Out([0.0, -torch.inf, 0.0]).eval()
+    assert estimate(model, network, fit[:8], **choices).keeps == (0.5, 1.0)
+    (line,) = refused(estimate, model, network, 1e30 * (fit[:8] + 2), **choices)
+    assert line.endswith("; allowed: up to 1e+09, normalised")
+
+
+def test_inputs_of_another_kind(trained, estimates, fit, score):
+    """Arrays, lists, sizes that the network does not take: named, with what is allowed."""
+    model, network = trained.model, trained.network
+    images, labels = score.images(), score.labels_N
+    tensor = "allowed: a torch.Tensor"
+    assert refused(estimate, model, network, fit.numpy()) == [f"images: a ndarray; {tensor}"]
+    assert refused(estimate, model, network, None) == [f"images: a NoneType; {tensor}"]
+    for wrong in (labels.tolist(), labels.numpy()):
+        (line,) = refused(build_evaluator, model, network, fit, images, wrong, estimates)
+        assert line == f"labels: a {type(wrong).__name__}; {tensor}"
+    assert refused(build_evaluator, model, network, fit, None, labels, estimates) == [
+        f"score: a NoneType; {tensor}"
+    ]
+    assert refused(build_network, model, None, round_to=0) == [
+        f"example: a NoneType; {tensor}",
+        "round_to = 0: must be 1 or more",
+    ]
+    assert refused(build_network, model, fit[:1], round_to=2.5) == [
+        "round_to = 2.5: must be a whole number, 1 or more"
+    ]
+    assert refused(build_network, model, fit[:1].half()) == [
+        "example: torch.float16; allowed: torch.float32, as the network's weights"
+    ]
+    assert refused(build_network, "vgg19", fit[:1]) == ["model: a str; allowed: a torch.nn.Module"]
+    assert refused(network.validate, {"keep": {}}) == ["schedule: a dict; allowed: a Schedule"]
+
+
+def test_images_of_a_size_that_the_network_does_not_take(fit):
+    flat = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)).train()
+    flat(fit[:1])
+    network = build_network(flat, fit[:1])
+    small, choices = fit[:8, :, 1:, 1:], {"keeps": (0.5, 1.0), "bits": (4,)}
+    size = tuple(small.shape[1:])
+    (line,) = refused(estimate, flat, network, small, **choices)
+    assert line.startswith(f"images: images of {size}, which Sequential cannot be run on: Runtime")
+    found = estimate(flat, network, fit[:8], **choices)
+    one, two = refused(build_evaluator, flat, network, small, small, None, found)
+    assert one.startswith(f"fit: images of {size}, which")
+    assert two.startswith(f"score: images of {size}, which")
+    assert flat.training
+
+
+ANSWERS = {
+    "maps": (nn.Identity(), "(2, 3, {}, {})"),
+    "one number": (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(0)), "(6,)"),
+}
+
+
+@pytest.mark.parametrize(("end", "shape"), ANSWERS.values(), ids=ANSWERS)
+def test_answers_that_are_no_logits(fit, end, shape):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1), end).eval()
+    network, wanted = build_network(model, fit[:1]), shape.format(*fit.shape[2:])
+    (line,) = refused(estimate, model, network, fit[:8], keeps=(0.5, 1.0), bits=(4,))
+    assert line == f"Sequential returns {wanted} for 2 images; allowed: logits (2, classes)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from rlcompress.core.artifact import ModelRef, load_artifact
 from rlcompress.core.data import digits
 from rlcompress.core.errors import UserError
+from rlcompress.core.fitted import fitted_network
 from rlcompress.core.quant import fake_quantize
 from rlcompress.core.schedule import ARMS, EVERY_ARM, Schedule
 from rlcompress.core.structure import build_network
@@ -251,3 +253,39 @@ def test_answers_alone_teach(trained, evaluator, schedule, data, tmp_path):
     accuracy = {arm.name: top1(arm.model, data.validation) for _, arm in played}
     assert accuracy["distilled"] > 0.7
     assert accuracy["finetuned"] < 0.3
+
+
+def test_what_does_not_belong_together_is_not_written(trained, evaluator, tmp_path):
+    """Widths, bits and classes."""
+    network, ref = trained.network, trained.ref
+    made = network.uniform(0.5, 8)
+    small = fitted_network(trained.model, evaluator, made)
+
+    def refused(schedule=made, ref=ref) -> list[str]:
+        before = copy.deepcopy(small.model.state_dict())
+        with pytest.raises(UserError) as caught:
+            write_network(tmp_path / "a", small, network, ref, schedule)
+        after = small.model.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not list(tmp_path.iterdir())
+        return str(caught.value).splitlines()
+
+    (bits,) = refused(network.uniform(0.5, 4))
+    assert "was made for 8 bits, the schedule has 4 (" in bits
+    (bits,) = refused(network.uniform(0.5, 32))
+    assert "was made for 8 bits, the schedule has 32 (" in bits
+    (widths,) = refused(network.uniform(0.25, 8))
+    assert "channels, the schedule leaves (" in widths
+    assert len(refused(network.uniform(0.25, 4))) == 2
+    (unknown,) = refused(Schedule({"nowhere": 0.5}))
+    assert "no group 'nowhere'" in unknown
+    (classes,) = refused(ref=replace(ref, num_classes=9))
+    assert "9 classes" in classes
+    assert "has 9 x " in classes
+    write_network(tmp_path / "a", small, network, ref, made)
+
+
+def test_arguments_that_no_file_holds_are_told():
+    for name in ("width", "num_classes"):
+        with pytest.raises(UserError, match=rf"cnn: {name} = tensor\(1\): .* JSON serializable"):
+            ModelRef("cnn", {name: torch.tensor(1), "depth": 2}, 10, (1, 8, 8))
