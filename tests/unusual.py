@@ -206,6 +206,21 @@ def neighbours() -> nn.Module:
     return nn.Sequential(*layers, *head())
 
 
+class PartRead(nn.Module):
+    """Channels that are joined by others and summed with them: the second layer reads a quarter of
+    a group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = conv(3), nn.Conv2d(8, 24, 3, padding=1)
+        self.d, self.fc = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.a(x))
+        h = torch.cat([h, F.relu(self.c(h))], 1)
+        return self.fc((h + F.relu(self.d(h))).mean((2, 3)))
+
+
 NETWORKS = (
     norms_without_affine,
     norms_without_statistics,
@@ -225,4 +240,5 @@ NETWORKS = (
     ByName,
     Viewed,
     neighbours,
+    PartRead,
 )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -155,7 +156,11 @@ def _channels(module: LayerModule) -> tuple[int, int]:
 
 
 def _why_whole(
-    members: Sequence[Member], consumers: Sequence[str], reading: Reading, heads: Sequence[str]
+    members: Sequence[Member],
+    channels: int,
+    consumers: Sequence[str],
+    reading: Reading,
+    heads: Sequence[str],
 ) -> str:
     """Why a group's channels may not be cut; empty if they may. `heads`: attention modules."""
     for member in members:
@@ -173,6 +178,11 @@ def _why_whole(
                 return f"{member.name} is used {reading.uses[member.name]} times"
         elif not estimated(module):
             return f"it meets {type(module).__name__} {member.name}"
+    for member in members:
+        # How many of a part survive, and so a file's size, no keep ratio says.
+        features_C = np.bincount(member.root, minlength=channels)
+        if member.module is not None and (features_C != features_C[0]).any():
+            return f"{member.name} has only a part of its channels"
     return "" if consumers else "nothing reads it"
 
 
@@ -202,13 +212,14 @@ def _assemble(
             side[member.name].append(Link(owner, member.root, member.index))
             if member.output and member.name in place:
                 group_of[member.name] = owner
+        channels = 1 + max(int(m.root.max()) for m in members)
         groups[owner] = Group(
             name=owner,
-            channels=1 + max(int(m.root.max()) for m in members),
+            channels=channels,
             owner=owner,
             layers=tuple(layers),
             consumers=tuple(consumers),
-            protected=_why_whole(members, consumers, reading, heads),
+            protected=_why_whole(members, channels, consumers, reading, heads),
             round_to=round_to,
         )
     layers_out = {}

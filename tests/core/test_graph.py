@@ -208,7 +208,7 @@ class Halved(nn.Module):
 def test_halves_that_are_read_apart_are_not_cut():
     """As many of each half may be left, by chance: that says nothing of others."""
     groups = build_network(Halved().eval(), EXAMPLE).groups
-    assert groups["conv"].protected == "a cut there changes what other channels compute"
+    assert groups["conv"].protected == "two has only a part of its channels"
     assert groups["one"].protected == ""
 
 

@@ -24,6 +24,7 @@ from tests.unusual import (
     Defaults,
     InPlace,
     Interleaved,
+    PartRead,
     Viewed,
     conv,
     head,
@@ -120,6 +121,11 @@ def test_groups_that_only_shapes_tie_are_not_cut_apart():
     network = core.build_network(Viewed().eval(), torch.zeros(1, *SHAPE))
     said = "a cut there changes what other channels compute"
     assert network.groups["c1"].protected == network.groups["c2"].protected == said
+
+
+def test_groups_that_a_layer_reads_a_part_of_stay_whole():
+    network = core.build_network(PartRead().eval(), torch.zeros(1, *SHAPE))
+    assert network.groups["a"].protected.endswith("has only a part of its channels")
 
 
 def test_channels_that_are_divided_by_their_neighbours_are_not_cut():
