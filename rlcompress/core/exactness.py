@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -63,6 +63,34 @@ def _agrees(model: nn.Module, network: Network, names: Collection[str], x: torch
     return True
 
 
+def by_halves(
+    names: Sequence[str], agrees: Callable[[Collection[str]], bool]
+) -> tuple[list[str], list[str], list[str]]:
+    """Of `names` those that agree, all together; those that do not; and those that could not be
+    told within `CHECK_SECONDS`."""
+    deadline = time.process_time() + CHECK_SECONDS
+    exact: list[str] = []
+    wrong: list[str] = []
+    unsure: list[str] = []
+
+    def search(names: Sequence[str]) -> None:
+        """Adds those to `exact` that agree together with what it has."""
+        if not names:
+            return
+        if agrees({*exact, *names}):
+            exact.extend(names)
+        elif len(names) == 1:
+            wrong.extend(names)
+        elif time.process_time() > deadline:
+            unsure.extend(names)
+        else:
+            search(names[: len(names) // 2])
+            search(names[len(names) // 2 :])
+
+    search(names)
+    return exact, wrong, unsure
+
+
 @torch.no_grad()
 def random_copy(model: nn.Module) -> nn.Module:
     """A copy with random weights: a head or a branch that starts at zero would hide what is cut
@@ -94,26 +122,7 @@ def checked(model: nn.Module, network: Network) -> Network:
     model = random_copy(model)
     x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(device)
-    deadline = time.process_time() + CHECK_SECONDS
-    exact: list[str] = []
-    wrong: list[str] = []
-    unsure: list[str] = []
-
-    def search(names: Sequence[str]) -> None:
-        """Adds those to `exact` that can be cut together with what it has."""
-        if not names:
-            return
-        if _agrees(model, network, {*exact, *names}, x):
-            exact.extend(names)
-        elif len(names) == 1:
-            wrong.extend(names)
-        elif time.process_time() > deadline:
-            unsure.extend(names)
-        else:
-            search(names[: len(names) // 2])
-            search(names[len(names) // 2 :])
-
-    search(names)
+    _, wrong, unsure = by_halves(names, lambda some: _agrees(model, network, some, x))
     network = _protect(network, wrong, "a cut there changes what other channels compute")
     network = _protect(network, unsure, "that a cut there is exact could not be checked in time")
     return _without_protected_links(network)

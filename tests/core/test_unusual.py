@@ -22,9 +22,13 @@ from tests.unusual import (
     Auxiliary,
     ByName,
     Defaults,
+    Gated,
+    HeadAsked,
     InPlace,
     Interleaved,
+    NormAttention,
     PartRead,
+    Tied,
     Viewed,
     conv,
     head,
@@ -126,6 +130,42 @@ def test_groups_that_only_shapes_tie_are_not_cut_apart():
 def test_groups_that_a_layer_reads_a_part_of_stay_whole():
     network = core.build_network(PartRead().eval(), torch.zeros(1, *SHAPE))
     assert network.groups["a"].protected.endswith("has only a part of its channels")
+
+
+@pytest.mark.parametrize(("make", "norms"), [(Gated, ["b1"]), (NormAttention, ["b1"])])
+def test_norms_that_a_file_cannot_fold_stay(make, norms):
+    network = core.build_network(made(make)[0], torch.zeros(1, *SHAPE))
+    assert [norm.name for norm in network.norms] == norms
+    assert network.layers["c1"].batch_norm is None
+
+
+def test_unused_modules_that_are_asked_stay():
+    network = core.build_network(made(HeadAsked)[0], torch.zeros(1, *SHAPE))
+    assert network.unused == ()
+    assert {*network.rest} == {"old.weight", "old.bias"}
+
+
+def test_layers_whose_weights_other_code_reads_stay_as_they_are():
+    network = core.build_network(made(Tied)[0], torch.zeros(1, *SHAPE))
+    assert [*network.layers] == ["c1", "c2", "fc"]
+    assert {*network.rest} == {"f.weight", "f.bias"}
+    said = "f: its weight or bias is read by other code than its module"
+    assert network.groups["c2"].protected == said
+    assert not network.groups["c1"].protected
+
+
+class AllTied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.f(x.mean((2, 3)) @ self.f.weight.T @ self.f.weight)
+
+
+def test_a_network_whose_layers_all_stay_is_told():
+    with pytest.raises(UserError, match=r"^layer 'f': its weight or bias is read by .* no other"):
+        core.build_network(AllTied().eval(), torch.zeros(1, *SHAPE))
 
 
 def test_channels_that_are_divided_by_their_neighbours_are_not_cut():

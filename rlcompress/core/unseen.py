@@ -1,0 +1,126 @@
+"""What `forward` reads of a module besides calling it, which no graph of operations shows: found by
+trying, on copies with random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from rlcompress.core.calls import Call, LayerCalls
+from rlcompress.core.exactness import TOLERANCE, by_halves, random_copy
+from rlcompress.core.fold import fold
+from rlcompress.core.graph import LayerModule
+from rlcompress.core.process import seeded
+from rlcompress.core.reading import leave_out
+
+#: Largest difference of folded batch norms, relative to the largest output: folding rounds, and
+#: `forward` may compare or round what lies between two numbers.
+FOLDED = 1e-3
+
+
+def _random_images(example: torch.Tensor) -> torch.Tensor:
+    shape = (2, *example.shape[1:])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(example)
+
+
+def _answers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad(), seeded(0):  # a forward that draws draws the same
+        y: torch.Tensor = model(x.clone())
+    return y
+
+
+def _alike(y: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
+    finite = wanted[wanted.isfinite()].abs()
+    limit = tolerance * float(finite.max()) if len(finite) else 0.0
+    return y.shape == wanted.shape and torch.allclose(y, wanted, 0.0, limit, equal_nan=True)
+
+
+def read_elsewhere(model: nn.Module, example: torch.Tensor, layers: Sequence[str]) -> list[str]:
+    """Layers whose weight or bias other code reads too: changed where the layer computes alone,
+    they give other answers than changed everywhere."""
+    probe, x = random_copy(model), _random_images(example)
+    modules = dict(probe.named_modules())
+    generator = torch.Generator().manual_seed(1)
+    changed = {}
+    for name in layers:
+        for leaf in ("weight", "bias"):
+            tensor = getattr(modules[name], leaf)
+            if tensor is not None:
+                noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+                changed[name, leaf] = tensor.detach() + tensor.detach().abs().mean() * noise
+
+    def handled(network: nn.Module, handle: Callable[[Call], torch.Tensor]) -> torch.Tensor:
+        own = dict(network.named_modules())
+        with LayerCalls({name: own[name].weight for name in layers}, handle):  # type: ignore[misc]
+            return _answers(network, x)
+
+    def agrees(names: Collection[str]) -> bool:
+        everywhere = copy.deepcopy(probe)
+        own = dict(everywhere.named_modules())
+        for (name, leaf), tensor in changed.items():
+            if name in names:
+                getattr(own[name], leaf).data.copy_(tensor)
+
+        def in_calls(call: Call) -> torch.Tensor:
+            if call.name not in names:
+                return call.run()
+            weight, bias = changed[call.name, "weight"], changed.get((call.name, "bias"))
+            return replace(call, weight=weight, bias=bias).run()
+
+        return _alike(handled(probe, in_calls), handled(everywhere, Call.run), TOLERANCE)
+
+    alone = by_halves(layers, agrees)[0]
+    return [name for name in layers if name not in alone]
+
+
+def dispensable(model: nn.Module, example: torch.Tensor, modules: Sequence[str]) -> list[str]:
+    """Those of `modules` that the network computes the very same without."""
+    x = _random_images(example)
+    probe = random_copy(model)
+    wanted = _answers(probe, x)
+
+    def agrees(names: Collection[str]) -> bool:
+        without = copy.deepcopy(probe)
+        for name in names:
+            leave_out(without, name)
+        try:
+            return _alike(_answers(without, x), wanted, 0.0)
+        except Exception:  # whatever the network makes of what is not there
+            return False
+
+    return by_halves(modules, agrees)[0]
+
+
+def foldable(
+    model: nn.Module, example: torch.Tensor, absorbed: Mapping[str, str], without: Sequence[str]
+) -> dict[str, str]:
+    """Those of `absorbed` (layer -> batch norm) that can be folded: nothing reads the layer's
+    output as it is before the norm, nor the norm's own numbers. `without`: modules left out."""
+    x = _random_images(example)
+    probe = random_copy(model)
+    for name in without:
+        leave_out(probe, name)
+    wanted = _answers(probe, x)
+
+    def agrees(names: Collection[str]) -> bool:
+        folded = copy.deepcopy(probe)
+        modules = dict(folded.named_modules())
+        for name in names:
+            module = modules[name]
+            assert isinstance(module, LayerModule)
+            factor, bias = fold(module, modules[absorbed[name]])
+            column = torch.from_numpy(factor).view(-1, *[1] * (module.weight.dim() - 1))
+            module.weight.data.mul_(column.to(module.weight))
+            module.bias = nn.Parameter(torch.from_numpy(bias).to(module.weight))
+            leave_out(folded, absorbed[name])
+        try:
+            return _alike(_answers(folded, x), wanted, FOLDED)
+        except Exception:  # whatever the network makes of a norm that is not there
+            return False
+
+    exact = by_halves(list(absorbed), agrees)[0]
+    return {name: norm for name, norm in absorbed.items() if name in exact}
