@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from rlcompress.core.attention import Attention
+from rlcompress.core.attention import Attention, replaceable
 from rlcompress.core.calls import layer_weights
 from rlcompress.core.coupling import Coupling, Member, couple
 from rlcompress.core.errors import UserError
@@ -44,11 +44,12 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     The model is left as it was. Coupled channels: torch-pruning's dependency graph (DepGraph,
     Fang et al., 2023).
 
-    Raises UserError if it cannot be run, does not return one tensor, has no layer, is not in
-    float32, has complex parameters, computes layers that its output does depend on without
-    gradients, or reads all layers' weights elsewhere too.
+    Raises UserError if it cannot be run, does not return one tensor, has no layer, has attention
+    that `plain_attention` replaces, is not in float32, has complex parameters, computes layers that
+    its output does depend on without gradients, or reads all layers' weights elsewhere too.
     """
     weights = layer_weights(model)
+    _refuse_attention(model)
     _refuse_shared(model)
     _refuse_other_types(weights)
     _refuse_complex(model)
@@ -92,6 +93,16 @@ def require_logits(model: nn.Module, example: torch.Tensor, classes: int) -> Non
             f"{type(model).__name__} returns {shape} for one image; "
             f"allowed: logits (1, {classes}), one for each class of the data"
         )
+
+
+def _refuse_attention(model: nn.Module) -> None:
+    """A file of it could not be read: whoever builds the network for that replaces them."""
+    for name, module in model.named_modules():
+        if replaceable(name, module):
+            raise UserError(
+                f"{name!r} is an nn.MultiheadAttention, whose weights no layer holds; allowed: "
+                "model = rlcompress.core.plain_attention(model) before"
+            )
 
 
 def _refuse_shared(model: nn.Module) -> None:

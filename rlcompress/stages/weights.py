@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlcompress.core.attention import plain_names
 from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.tensors import load_tensors
 
@@ -31,7 +32,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     Raises UserError, which says what does not fit.
     """
-    state = _plain(_read(path), path)
+    state = plain_names(model, _plain(_read(path), path))
     own = model.state_dict()
     problems = [
         f"{what}: {_few(names)}"
