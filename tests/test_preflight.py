@@ -24,6 +24,10 @@ MISTAKES = {
     "no weights": ("dense.weights=nope.pt", "no such file"),
     "no data": ("data={factory: 'mistaken:data', args: {}}", "cannot import mistaken"),
     "no model": ("model={factory: 'tests.toy:toy_netwrok', args: {}}", "toy_network"),
+    "drawn anew": (
+        "model={factory: 'tests.core.test_kept:Drawn', args: {by: torch}}",
+        "draws what a file does not hold; allowed: ",
+    ),
     "out of reach": ("search.target=[4, 1000]", "is possible"),
     "no searcher": ("search.searcher=mistaken:search", "cannot import mistaken"),
     "no policy": (

@@ -1,21 +1,26 @@
-"""What `forward` reads of a module besides calling it, which no graph of operations shows: found by
-trying, on copies with random weights."""
+"""What `forward` reads besides what it calls, and besides what a state dict holds: found by trying,
+on copies with random weights."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from rlcompress.core.calls import Call, LayerCalls
+from rlcompress.core.errors import UserError
 from rlcompress.core.exactness import TOLERANCE, by_halves, random_copy
 from rlcompress.core.fold import fold
 from rlcompress.core.graph import LayerModule
 from rlcompress.core.process import seeded
 from rlcompress.core.reading import leave_out
+
+if TYPE_CHECKING:
+    from rlcompress.core.artifact import ModelRef
 
 #: Largest difference of folded batch norms, relative to the largest output: folding rounds, and
 #: `forward` may compare or round what lies between two numbers.
@@ -124,3 +129,21 @@ def foldable(
 
     exact = by_halves(list(absorbed), agrees)[0]
     return {name: norm for name, norm in absorbed.items() if name in exact}
+
+
+def require_drawn_alike(model: nn.Module, ref: ModelRef) -> None:
+    """Raises UserError if `model`, in eval mode, answers otherwise than what `ref` builds does with
+    the same state dict, as it is when a file is read."""
+    mine, theirs = random_copy(model), ref.build()
+    x = _random_images(ref.example())
+    try:
+        theirs.load_state_dict(mine.state_dict())
+        same = _alike(_answers(theirs, x), _answers(mine, x), TOLERANCE)
+    except RuntimeError:  # of other names or shapes
+        same = False
+    if not same:
+        raise UserError(
+            f"model {ref.factory}: built by another seed it answers otherwise with the same state "
+            "dict: its constructor draws what a file does not hold; allowed: to draw it with a "
+            "generator of a fixed seed, or float buffers (register_buffer)"
+        )

@@ -15,6 +15,7 @@ from rlcompress.core.errors import OutsideError, UserError
 from rlcompress.core.files import read_json
 from rlcompress.core.models import BUILT_IN as MODELS
 from rlcompress.core.models import find_factory
+from rlcompress.core.unseen import require_drawn_alike
 from rlcompress.stages.policies import policy_of
 from rlcompress.stages.weights import load_weights
 from rlcompress.stages.workspace import MARKER, Workspace
@@ -101,7 +102,8 @@ def _kept(run: Workspace, problems: Problems) -> nn.Module | None:
     if not problems.none_in(lambda: run.structure):
         return None
     model = run.ref.build(run.experiment.seed + 1)  # of the control `fresh`; files are read with 0
-    problems.none_in(lambda: require_kept(model, run.structure, run.ref))
+    if problems.none_in(lambda: require_kept(model, run.structure, run.ref)):
+        problems.none_in(lambda: require_drawn_alike(model, run.ref))
     return model
 
 
