@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -121,13 +122,17 @@ def attach_masks(model: nn.Module, network: Network, kept: Mapping[str, np.ndarr
 
 
 @torch.no_grad()
-def masked(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> nn.Module:
-    """A copy of `model` with zeros in the weights that `cut` removes."""
+def masked(
+    model: nn.Module, network: Network, kept: Mapping[str, np.ndarray], *, filters: bool = True
+) -> nn.Module:
+    """A copy of `model` with zeros in the weights that `cut` removes. Without `filters` in those
+    that read a channel alone: what it computes goes on, as in compression during training."""
     zeroed = copy.deepcopy(model)
     modules = dict(zeroed.named_modules())
     for layer in network.layers.values():
         weight = modules[layer.name].weight
-        weight.mul_(_weight_mask(layer, weight, kept))
+        seen = layer if filters else replace(layer, outputs=())
+        weight.mul_(_weight_mask(seen, weight, kept))
     return zeroed
 
 
