@@ -1,4 +1,5 @@
-"""Whether cutting channels computes what masking their readers does: what fails that is protected."""
+"""Whether cutting channels computes what masking their readers does: groups that fail that stay
+whole."""
 
 from __future__ import annotations
 

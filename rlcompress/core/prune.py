@@ -34,9 +34,12 @@ def _indices(links: Sequence[Link], size: int, kept: Mapping[str, np.ndarray]) -
     return torch.from_numpy(np.flatnonzero(kept_mask(links, size, kept)))
 
 
-def _take(module: nn.Module, name: str, index: torch.Tensor, dim: int) -> None:
+def _take(
+    module: nn.Module, name: str, index: torch.Tensor, dim: int, *, whole: bool = False
+) -> None:
+    """Leaves a tensor these entries along `dim`; `whole`: a new one even if it has no others."""
     tensor = getattr(module, name)
-    if tensor is None or len(index) == tensor.shape[dim]:
+    if tensor is None or (len(index) == tensor.shape[dim] and not whole):
         return
     smaller = tensor.detach().index_select(dim, index.to(tensor.device)).contiguous()
     if isinstance(tensor, nn.Parameter):
@@ -83,7 +86,8 @@ def cut(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> n
 
 def _cut_norm(module: nn.Module, index: torch.Tensor) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
-        _take(module, name, index, 0)
+        # Its own even if nothing is cut: rounding changes what others may share.
+        _take(module, name, index, 0, whole=True)
     resize(module)
 
 

@@ -305,6 +305,34 @@ def test_compression_in_training_sees_layers_that_are_called_by_name():
     assert {"c1", "c2", "fc"} <= train(model, images).signals.patches.keys()
 
 
+class SharingNorms(nn.Module):
+    """Batch norms with the same weights, each with statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.fc = conv(3, bias=False), conv(bias=False), nn.Linear(8, 4)
+        self.b1, self.b2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.b2.weight, self.b2.bias = self.b1.weight, self.b1.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.b1(self.c1(x)))
+        return self.fc(F.relu(self.b2(self.c2(h))).mean((2, 3)))
+
+
+def test_norms_that_share_their_weights_are_rounded_apart(tmp_path):
+    model, images = made(SharingNorms)
+    network = core.build_network(model, images[:1])
+    schedule = network.uniform(1.0, 8)
+    small = core.cut_network(model, network, {}, schedule)
+    path, ref = tmp_path / "w", core.ModelRef(f"{__name__}:SharingNorms", {}, 4, SHAPE)
+    core.write_network(path, small, network, ref, schedule)
+    with torch.no_grad():
+        read = core.load_artifact(path, trust=[ref.factory])(images)
+        wanted = quantized(small, schedule)(images)
+    assert torch.allclose(read, wanted, atol=1e-4 * float(wanted.abs().max()))
+    assert model.b1.weight is model.b2.weight
+
+
 def test_a_model_that_is_not_in_training_is_told():
     model, images = made(norms_without_affine)
     with pytest.raises(UserError, match=r"not called in training mode: call model\.train\(\)"):
