@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,9 +28,16 @@ if TYPE_CHECKING:
 FOLDED = 1e-3
 
 
-def _random_images(example: torch.Tensor) -> torch.Tensor:
-    shape = (2, *example.shape[1:])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(example)
+def _probe(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    """A copy with random weights and a random input; where the code takes no such numbers, with
+    those that there are."""
+    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+    for copied, x in ((random_copy, noise), (copy.deepcopy, noise)):
+        probe = copied(model)
+        with suppress(Exception):  # the user's own code raises what it likes
+            _answers(probe, x)
+            return probe, x
+    return copy.deepcopy(model), example
 
 
 def _answers(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +55,7 @@ def _alike(y: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool:
 def read_elsewhere(model: nn.Module, example: torch.Tensor, layers: Sequence[str]) -> list[str]:
     """Layers whose weight or bias other code reads too: changed where the layer computes alone,
     they give other answers than changed everywhere."""
-    probe, x = random_copy(model), _random_images(example)
+    probe, x = _probe(model, example)
     modules = dict(probe.named_modules())
     generator = torch.Generator().manual_seed(1)
     changed = {}
@@ -58,10 +66,14 @@ def read_elsewhere(model: nn.Module, example: torch.Tensor, layers: Sequence[str
                 noise = torch.randn(tensor.shape, generator=generator).to(tensor)
                 changed[name, leaf] = tensor.detach() + tensor.detach().abs().mean() * noise
 
-    def handled(network: nn.Module, handle: Callable[[Call], torch.Tensor]) -> torch.Tensor:
+    def handled(network: nn.Module, handle: Callable[[Call], torch.Tensor]) -> torch.Tensor | None:
+        """None where the code does not take such numbers."""
         own = dict(network.named_modules())
         with LayerCalls({name: own[name].weight for name in layers}, handle):  # type: ignore[misc]
-            return _answers(network, x)
+            try:
+                return _answers(network, x)
+            except Exception:
+                return None
 
     def agrees(names: Collection[str]) -> bool:
         everywhere = copy.deepcopy(probe)
@@ -76,7 +88,10 @@ def read_elsewhere(model: nn.Module, example: torch.Tensor, layers: Sequence[str
             weight, bias = changed[call.name, "weight"], changed.get((call.name, "bias"))
             return replace(call, weight=weight, bias=bias).run()
 
-        return _alike(handled(probe, in_calls), handled(everywhere, Call.run), TOLERANCE)
+        y, wanted = handled(probe, in_calls), handled(everywhere, Call.run)
+        if y is None or wanted is None:
+            return y is wanted
+        return _alike(y, wanted, TOLERANCE)
 
     alone = by_halves(layers, agrees)[0]
     return [name for name in layers if name not in alone]
@@ -84,8 +99,7 @@ def read_elsewhere(model: nn.Module, example: torch.Tensor, layers: Sequence[str
 
 def dispensable(model: nn.Module, example: torch.Tensor, modules: Sequence[str]) -> list[str]:
     """Those of `modules` that the network computes the very same without."""
-    x = _random_images(example)
-    probe = random_copy(model)
+    probe, x = _probe(model, example)
     wanted = _answers(probe, x)
 
     def agrees(names: Collection[str]) -> bool:
@@ -105,8 +119,7 @@ def foldable(
 ) -> dict[str, str]:
     """Those of `absorbed` (layer -> batch norm) that can be folded: nothing reads the layer's
     output as it is before the norm, nor the norm's own numbers. `without`: modules left out."""
-    x = _random_images(example)
-    probe = random_copy(model)
+    probe, x = _probe(model, example)
     for name in without:
         leave_out(probe, name)
     wanted = _answers(probe, x)
@@ -134,12 +147,12 @@ def foldable(
 def require_drawn_alike(model: nn.Module, ref: ModelRef) -> None:
     """Raises UserError if `model`, in eval mode, answers otherwise than what `ref` builds does with
     the same state dict, as it is when a file is read."""
-    mine, theirs = random_copy(model), ref.build()
-    x = _random_images(ref.example())
+    (mine, x), theirs = _probe(model, ref.example()), ref.build()
+    wanted = _answers(mine, x)
     try:
         theirs.load_state_dict(mine.state_dict())
-        same = _alike(_answers(theirs, x), _answers(mine, x), TOLERANCE)
-    except RuntimeError:  # of other names or shapes
+        same = _alike(_answers(theirs, x), wanted, TOLERANCE)
+    except Exception:  # of other names or shapes
         same = False
     if not same:
         raise UserError(

@@ -168,6 +168,32 @@ def test_a_network_whose_layers_all_stay_is_told():
         core.build_network(AllTied().eval(), torch.zeros(1, *SHAPE))
 
 
+class Particular(nn.Module):
+    """Takes one image alone, and no weights of just any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b, self.fc = conv(3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.old = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.b(self.c(x))).mean((2, 3)).view(1, 8)
+        if float(h.max()) > 0.3:
+            raise ValueError("too large")
+        return self.fc(h)
+
+
+def test_networks_that_take_no_random_weights_are_read():
+    torch.manual_seed(0)
+    model = Particular().eval()
+    with torch.no_grad():
+        model.b.weight.fill_(0.1)
+    network = core.build_network(model, torch.zeros(1, *SHAPE))
+    assert [*network.layers] == ["c", "fc"]
+    assert network.layers["c"].batch_norm == "b"
+    assert network.unused == ("old",)
+
+
 def test_channels_that_are_divided_by_their_neighbours_are_not_cut():
     network = core.build_network(neighbours().eval(), torch.zeros(1, *SHAPE))
     assert network.groups["0"].protected == "a cut there changes what other channels compute"
