@@ -24,6 +24,10 @@ MISTAKES = {
     "no weights": ("dense.weights=nope.pt", "no such file"),
     "no data": ("data={factory: 'mistaken:data', args: {}}", "cannot import mistaken"),
     "no model": ("model={factory: 'tests.toy:toy_netwrok', args: {}}", "toy_network"),
+    "drawn anew": (
+        "model={factory: 'tests.core.test_kept:Drawn', args: {by: torch}}",
+        "draws what a file does not hold; allowed: ",
+    ),
     "out of reach": ("search.target=[4, 1000]", "is possible"),
     "no searcher": ("search.searcher=mistaken:search", "cannot import mistaken"),
     "no policy": (
@@ -189,6 +193,57 @@ def test_a_searcher_without_a_schedule_says_so(rlcompress, searched):
     assert told.code == 0, told.err
     assert says in told.out
     assert not Path("runs/tiny/search/uniform.done").exists()
+
+
+SPLITS = """
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import TensorDataset
+
+images, labels = load_digits(return_X_y=True)
+x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+y = torch.tensor(labels)
+
+
+def data(by):
+    draw = {"global": np.random, "anew": np.random.default_rng()}[by]
+    order = torch.from_numpy(draw.permutation(len(x)))
+    parts = order[:300], order[300:500], order[500:600]
+    return [TensorDataset(x[part], y[part]) for part in parts]
+"""
+
+
+@pytest.mark.parametrize(("by", "alike"), [("global", True), ("anew", False)])
+def test_splits_that_are_drawn_anew_are_told(rlcompress, by, alike):
+    """Else a ticket is tested on what the dense network was trained on."""
+    Path("splits.py").write_text(SPLITS)
+    option = ("--set", f"data={{factory: 'splits:data', args: {{by: {by}}}}}")
+    assert rlcompress("search", "tiny", *option).code == 0
+    before = contents(Path("runs"))
+    told = rlcompress("search", "tiny", *option, "--set", "search.episodes=5")
+    if alike:
+        assert told.code == 0, told.err
+        return
+    assert_told(told, "data splits:data: other images or labels in train, validation, test than ")
+    assert contents(Path("runs")) == before
+    assert rlcompress("search", "tiny", *option, "--fresh").code == 0
+
+
+def test_images_that_changed_under_the_same_labels_are_told(rlcompress):
+    Path("splits.py").write_text(SPLITS)
+    option = ("--set", "data={factory: 'splits:data', args: {by: global}}")
+    assert rlcompress("search", "tiny", *option).code == 0
+    path = Path("runs/tiny/dense/metrics.json")
+    metrics = read_json(path)
+    metrics["data"]["test"]["means"][3] += 0.1
+    save_json(path, metrics)
+    told = rlcompress("search", "tiny", *option, "--set", "search.episodes=5")
+    assert_told(told, "other images or labels in test than ")
+    # Older versions wrote nothing of them.
+    del metrics["data"]
+    save_json(path, metrics)
+    assert rlcompress("search", "tiny", *option, "--set", "search.episodes=5").code == 0
 
 
 def state(**changes: object) -> dict[str, object]:

@@ -206,6 +206,74 @@ def neighbours() -> nn.Module:
     return nn.Sequential(*layers, *head())
 
 
+class PartRead(nn.Module):
+    """Channels that are joined by others and summed with them: the second layer reads a quarter of
+    a group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.c = conv(3), nn.Conv2d(8, 24, 3, padding=1)
+        self.d, self.fc = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.a(x))
+        h = torch.cat([h, F.relu(self.c(h))], 1)
+        return self.fc((h + F.relu(self.d(h))).mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """A comparison, which no gradient passes, reads a convolution's output before its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.b1 = conv(3, bias=False), nn.BatchNorm2d(8)
+        self.c2, self.b2, self.fc = conv(), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.c1(x)
+        h = self.b1(h) * (h > 0)
+        return self.fc(F.relu(self.b2(self.c2(h))).mean((2, 3)))
+
+
+class NormAttention(nn.Module):
+    """Channels weighted by their batch norm's own weights (Liu et al., 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.b1, self.c2, self.fc = conv(3), nn.BatchNorm2d(8), conv(), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.b1(self.c1(x))
+        weight = self.b1.weight.data.abs()
+        h = h * (weight / weight.sum()).view(-1, 1, 1).sigmoid()
+        return self.fc(F.relu(self.c2(h)).mean((2, 3)))
+
+
+class HeadAsked(nn.Module):
+    """A head that is never called says how many features there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b, self.old = conv(3), nn.BatchNorm2d(8), nn.Linear(8, 9)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.b(self.c(x))).mean((2, 3))
+        return self.fc(h.view(-1, self.old.in_features))
+
+
+class Tied(nn.Module):
+    """A layer's weight, transposed, leads back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.f, self.fc = conv(3), conv(), nn.Linear(8, 12), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.c2(F.relu(self.c1(x))).mean((2, 3))
+        return self.fc(h + F.relu(self.f(h)) @ self.f.weight)
+
+
 NETWORKS = (
     norms_without_affine,
     norms_without_statistics,
@@ -225,4 +293,9 @@ NETWORKS = (
     ByName,
     Viewed,
     neighbours,
+    PartRead,
+    Gated,
+    NormAttention,
+    HeadAsked,
+    Tied,
 )

@@ -1,10 +1,14 @@
 """Multi-head attention with its projections as plain linear layers.
 
 `torch.nn.MultiheadAttention` keeps three quarters of its weights in one bare parameter, where no
-layer-wise tool finds them. `plain_attention` puts the same weights into `nn.Linear` modules.
+layer-wise tool finds them. `plain_attention` puts the same weights into `nn.Linear` modules, which
+load state dicts of either.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +38,13 @@ class Attention(nn.Module):
         self.out = _linear(source.out_proj.weight, source.out_proj.bias)
         #: What nn.TransformerEncoderLayer asks before it takes a short cut past this module.
         self.in_proj_bias = None
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Before its parts are given what is theirs.
+        _rename(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self,
@@ -94,6 +105,37 @@ def _added(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
 
 
+def _rename(state: dict[str, Any], prefix: str) -> None:
+    """Gives the parameters of nn.MultiheadAttention below `prefix` their plain names, in place."""
+    for leaf in ("weight", "bias"):
+        joined = state.get(f"{prefix}in_proj_{leaf}")
+        if isinstance(joined, torch.Tensor) and joined.dim() and len(joined) % 3 == 0:
+            for name, part in zip("qkv", joined.chunk(3), strict=True):
+                state[f"{prefix}{name}.{leaf}"] = part
+            del state[f"{prefix}in_proj_{leaf}"]
+        if f"{prefix}out_proj.{leaf}" in state:
+            state[f"{prefix}out.{leaf}"] = state.pop(f"{prefix}out_proj.{leaf}")
+    for name in "qkv":
+        if f"{prefix}{name}_proj_weight" in state:
+            state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name}_proj_weight")
+
+
+def plain_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict by the names that `model` has, whose attention `plain_attention` replaced."""
+    renamed = dict(state)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Attention):
+            _rename(renamed, f"{name}." if name else "")
+    return renamed
+
+
+def replaceable(name: str, module: nn.Module) -> bool:
+    """Whether `plain_attention` puts plain layers in this module's place."""
+    if type(module) is not nn.MultiheadAttention or not name:
+        return False
+    return module.bias_k is None and not module.add_zero_attn
+
+
 def plain_attention(model: nn.Module) -> nn.Module:
     """Replaces every `nn.MultiheadAttention` in `model`, in place, and returns it.
 
@@ -101,10 +143,8 @@ def plain_attention(model: nn.Module) -> nn.Module:
     """
     plain: dict[nn.Module, Attention] = {}  # one that has several names is one still
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is not nn.MultiheadAttention or not name:
-            continue
-        if module.bias_k is None and not module.add_zero_attn:
+        if replaceable(name, module):
             if module not in plain:
-                plain[module] = Attention(module).train(module.training)
+                plain[module] = Attention(module).train(module.training)  # type: ignore[arg-type]
             model.set_submodule(name, plain[module])
     return model

@@ -9,6 +9,7 @@ N images, C channels, H x W pixels: images_NCHW.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,7 +27,10 @@ from torch.nn import functional as F
 from rlcompress.core.errors import OutsideError, UserError, blame
 from rlcompress.core.inputs import LARGEST
 from rlcompress.core.models import find_factory
+from rlcompress.core.process import seeded
 
+#: Of a split, that are looked at to tell it from another.
+SUMMARY_IMAGES = 16
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -48,6 +52,16 @@ class Split:
 
     def take(self, index: torch.Tensor) -> Split:
         return Split(self.raw_NCHW[index], self.labels_N[index], self.mean, self.std)
+
+    def summary(self) -> dict[str, Any]:
+        """What tells it from another one, as JSON takes it: a digest of the labels in twelve hex
+        digits, and the means of a few images, which other machines round otherwise."""
+        few = self.raw_NCHW[:: max(1, len(self) // SUMMARY_IMAGES)].flatten(1).double()
+        return {
+            "images": len(self),
+            "labels": hashlib.sha256(self.labels_N.numpy().tobytes()).hexdigest()[:12],
+            "means": [float(f"{mean:.6g}") for mean in few.mean(1)],
+        }
 
     def sample(self, count: int, seed: int) -> Split:
         """`count` images (all, if there are fewer) without repetition."""
@@ -75,6 +89,20 @@ class Data:
             for name, logits_NK in logits.items()
         }
         return replace(self, num_classes=logits["test"].shape[1], **parts)
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Split -> its summary, before any network answered."""
+        return {name: getattr(self, name).summary() for name in _FEWEST}
+
+    def changed(self, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The splits that are others than those that gave the summary `known`."""
+        found = []
+        for name, now in self.summary().items():
+            then = known[name]
+            counted = all(now[what] == then[what] for what in ("images", "labels"))
+            if not counted or not np.allclose(now["means"], then["means"], 1e-3, 1e-4):
+                found.append(name)
+        return found
 
     def example(self) -> torch.Tensor:
         """One normalised image (1, C, H, W)."""
@@ -344,8 +372,15 @@ def build_data(factory: str, args: Mapping[str, Any]) -> Data:
 
     A user's factory returns `Data`, or three map-style data sets (train, validation, test) of
     (image tensor (C, H, W), label), or of such images alone. Raises UserError on anything else.
+
+    What it draws from the global generators of torch, NumPy and Python it draws alike each time.
     """
     function = find_factory(factory, BUILT_IN)
+    with seeded(0):
+        return _built(function, factory, args)
+
+
+def _built(function: Callable[..., Any], factory: str, args: Mapping[str, Any]) -> Data:
     try:
         made = function(**args)
     except UserError:

@@ -1,11 +1,12 @@
-"""Whether cutting channels computes what masking them does: what fails that is protected."""
+"""Whether cutting channels computes what masking their readers does: groups that fail that stay
+whole."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -38,9 +39,9 @@ def _protect(network: Network, names: Sequence[str], reason: str) -> Network:
 
 
 def _agrees(model: nn.Module, network: Network, names: Collection[str], x: torch.Tensor) -> bool:
-    """Whether cutting channels of these groups computes what masking them does: at random to a
-    half of one group and a quarter of the next, as some groups need the same number; and to the
-    first half of each, which falls on one side of whatever splits them."""
+    """Whether cutting channels of these groups computes what masking their readers does: at random
+    to a half of one group and a quarter of the next, as some groups need the same number; and to
+    the first half of each, which falls on one side of whatever splits them."""
     rng = np.random.default_rng(0)
     for order, shares, scale in (
         (rng.permutation, (2, 4), 1.0),
@@ -57,11 +58,40 @@ def _agrees(model: nn.Module, network: Network, names: Collection[str], x: torch
             small = cut(model, network, kept)(image.clone())
         except Exception:
             return False  # whatever a wrongly cut network raises
-        wanted = masked(model, network, kept)(image.clone())
+        # The cut channels still compute: what mixes them with others behind them shows.
+        wanted = masked(model, network, kept, filters=False)(image.clone())
         limit = TOLERANCE * wanted.abs().max()
         if small.shape != wanted.shape or not bool((small - wanted).abs().max() <= limit):
             return False
     return True
+
+
+def by_halves(
+    names: Sequence[str], agrees: Callable[[Collection[str]], bool]
+) -> tuple[list[str], list[str], list[str]]:
+    """Of `names` those that agree, all together; those that do not; and those that could not be
+    told within `CHECK_SECONDS`."""
+    deadline = time.process_time() + CHECK_SECONDS
+    exact: list[str] = []
+    wrong: list[str] = []
+    unsure: list[str] = []
+
+    def search(names: Sequence[str]) -> None:
+        """Adds those to `exact` that agree together with what it has."""
+        if not names:
+            return
+        if agrees({*exact, *names}):
+            exact.extend(names)
+        elif len(names) == 1:
+            wrong.extend(names)
+        elif time.process_time() > deadline:
+            unsure.extend(names)
+        else:
+            search(names[: len(names) // 2])
+            search(names[len(names) // 2 :])
+
+    search(names)
+    return exact, wrong, unsure
 
 
 @torch.no_grad()
@@ -98,26 +128,7 @@ def checked(model: nn.Module, network: Network) -> Network:
     model = random_copy(model)
     x = torch.randn(2, *network.input_shape, generator=torch.Generator().manual_seed(0))
     x = x.to(device)
-    deadline = time.process_time() + CHECK_SECONDS
-    exact: list[str] = []
-    wrong: list[str] = []
-    unsure: list[str] = []
-
-    def search(names: Sequence[str]) -> None:
-        """Adds those to `exact` that can be cut together with what it has."""
-        if not names:
-            return
-        if _agrees(model, network, {*exact, *names}, x):
-            exact.extend(names)
-        elif len(names) == 1:
-            wrong.extend(names)
-        elif time.process_time() > deadline:
-            unsure.extend(names)
-        else:
-            search(names[: len(names) // 2])
-            search(names[len(names) // 2 :])
-
-    search(names)
+    _, wrong, unsure = by_halves(names, lambda some: _agrees(model, network, some, x))
     network = _protect(network, wrong, "a cut there changes what other channels compute")
     network = _protect(network, unsure, "that a cut there is exact could not be checked in time")
     return _without_protected_links(network)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import random
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -32,13 +34,20 @@ def settle_process() -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's own generators, which initial weights and dropout are drawn from, on this seed; then
-    as they were before."""
+    """The global generators of torch, which initial weights and dropout are drawn from, NumPy and
+    Python on this seed; then as they were before."""
+    states = np.random.get_state(), random.getstate()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=gpus):
         # Of a GPU that nobody has used yet nothing could be given back.
         (torch.manual_seed if gpus else torch.default_generator.manual_seed)(seed)
-        yield
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(states[0])
+            random.setstate(states[1])
 
 
 @functools.cache

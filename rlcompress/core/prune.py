@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,9 +34,12 @@ def _indices(links: Sequence[Link], size: int, kept: Mapping[str, np.ndarray]) -
     return torch.from_numpy(np.flatnonzero(kept_mask(links, size, kept)))
 
 
-def _take(module: nn.Module, name: str, index: torch.Tensor, dim: int) -> None:
+def _take(
+    module: nn.Module, name: str, index: torch.Tensor, dim: int, *, whole: bool = False
+) -> None:
+    """Leaves a tensor these entries along `dim`; `whole`: a new one even if it has no others."""
     tensor = getattr(module, name)
-    if tensor is None or len(index) == tensor.shape[dim]:
+    if tensor is None or (len(index) == tensor.shape[dim] and not whole):
         return
     smaller = tensor.detach().index_select(dim, index.to(tensor.device)).contiguous()
     if isinstance(tensor, nn.Parameter):
@@ -82,7 +86,8 @@ def cut(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> n
 
 def _cut_norm(module: nn.Module, index: torch.Tensor) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
-        _take(module, name, index, 0)
+        # Its own even if nothing is cut: rounding changes what others may share.
+        _take(module, name, index, 0, whole=True)
     resize(module)
 
 
@@ -121,13 +126,17 @@ def attach_masks(model: nn.Module, network: Network, kept: Mapping[str, np.ndarr
 
 
 @torch.no_grad()
-def masked(model: nn.Module, network: Network, kept: Mapping[str, np.ndarray]) -> nn.Module:
-    """A copy of `model` with zeros in the weights that `cut` removes."""
+def masked(
+    model: nn.Module, network: Network, kept: Mapping[str, np.ndarray], *, filters: bool = True
+) -> nn.Module:
+    """A copy of `model` with zeros in the weights that `cut` removes. Without `filters` in those
+    that read a channel alone: what it computes goes on, as in compression during training."""
     zeroed = copy.deepcopy(model)
     modules = dict(zeroed.named_modules())
     for layer in network.layers.values():
         weight = modules[layer.name].weight
-        weight.mul_(_weight_mask(layer, weight, kept))
+        seen = layer if filters else replace(layer, outputs=())
+        weight.mul_(_weight_mask(seen, weight, kept))
     return zeroed
 
 

@@ -1,23 +1,25 @@
 """Reads the structure of a network: layers, groups, what is protected and why.
 
-Three parts: one forward pass (`reading`), coupled channels (`coupling`), and a check
-(`exactness`): whatever is cut, the network must compute what it computes under masks.
+Four parts: one forward pass (`reading`); what it does not show (`unseen`); coupled channels
+(`coupling`); and a check (`exactness`): whatever is cut, the network must compute what it computes
+under masks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
-from rlcompress.core.attention import Attention
+from rlcompress.core.attention import Attention, replaceable
 from rlcompress.core.calls import layer_weights
 from rlcompress.core.coupling import Coupling, Member, couple
 from rlcompress.core.errors import UserError, blame
-from rlcompress.core.exactness import checked, random_copy
+from rlcompress.core.exactness import checked
 from rlcompress.core.graph import Group, Layer, LayerModule, Link, Network, Norm
 from rlcompress.core.inputs import (
     borrowed,
@@ -31,10 +33,13 @@ from rlcompress.core.reading import (
     Reading,
     all_gradients,
     estimated,
-    leave_out,
     read,
     rest_of,
 )
+from rlcompress.core.unseen import dispensable, foldable, read_elsewhere
+
+#: Why a layer stays as it is: its weights would not be those that are scored.
+READ_ELSEWHERE = "its weight or bias is read by other code than its module"
 
 
 def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1) -> Network:
@@ -45,13 +50,14 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     The model is left as it was. Coupled channels: torch-pruning's dependency graph (DepGraph,
     Fang et al., 2023).
 
-    Raises UserError if it cannot be copied or run, does not return one tensor, has no layer, is not
-    in float32, has complex parameters, or computes layers that its output does depend on without
-    gradients.
+    Raises UserError if it cannot be copied or run, does not return one tensor, has no layer, has
+    attention that `plain_attention` replaces, is not in float32, has complex parameters, computes layers that
+    its output does depend on without gradients, or reads all layers' weights elsewhere too.
     """
     require_ordinary(model)
     require(tensor_problems("example", example) + count_problems(round_to=round_to))
     weights = layer_weights(model)
+    _refuse_attention(model)
     _refuse_shared(model)
     _refuse_other_types(weights)
     _refuse_complex(model)
@@ -70,10 +76,18 @@ def _read_and_checked(model: nn.Module, example: torch.Tensor, round_to: int) ->
         )
     if not reading.order:
         raise UserError(f"{type(model).__name__} has no Conv2d or Linear layer to compress")
-    reading = _without_dead_layers(model, example, reading)
+    unused = _unused(model, reading)
+    spare = tuple(dispensable(model, example, unused))
+    reading = _without_dead_layers(reading, unused, spare)
+    elsewhere = read_elsewhere(model, example, reading.order)
+    if len(elsewhere) == len(reading.order):
+        name = elsewhere[0]
+        raise UserError(f"layer {name!r}: {READ_ELSEWHERE}; there is no other layer to compress")
+    reading = _without_layers(reading, elsewhere)
+    reading = replace(reading, absorbed=foldable(model, example, reading.absorbed, spare))
     with all_gradients(model):
         coupling = couple(model, example, reading.order, reading.last)
-    network = _assemble(model, example, reading, coupling, round_to)
+    network = _assemble(model, example, reading, coupling, round_to, spare, elsewhere)
     return checked(model, network)
 
 
@@ -92,6 +106,16 @@ def require_logits(model: nn.Module, example: torch.Tensor, classes: int) -> Non
             raise UserError(
                 f"{name} returns {shape} for {words}; "
                 f"allowed: logits ({count}, {classes}), one for each class of the data"
+            )
+
+
+def _refuse_attention(model: nn.Module) -> None:
+    """A file of it could not be read: whoever builds the network for that replaces them."""
+    for name, module in model.named_modules():
+        if replaceable(name, module):
+            raise UserError(
+                f"{name!r} is an nn.MultiheadAttention, whose weights no layer holds; allowed: "
+                "model = rlcompress.core.plain_attention(model) before"
             )
 
 
@@ -127,29 +151,26 @@ def _refuse_complex(model: nn.Module) -> None:
             )
 
 
-def _without_dead_layers(model: nn.Module, example: torch.Tensor, reading: Reading) -> Reading:
+def _without_dead_layers(reading: Reading, unused: Sequence[str], spare: Sequence[str]) -> Reading:
     """Without the layers that are computed for nothing (an auxiliary head whose output only
-    training returns)."""
-    unused = _unused(model, reading)
+    training returns). `spare`: those of `unused` that the output does without."""
     dead = [name for name in reading.order if _inside(name, unused)]
-    if not dead:
-        return reading
-    probe = random_copy(model)
-    x = torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
-    with torch.no_grad():
-        wanted = probe(x)
-        for name in unused:
-            leave_out(probe, name)
-        try:
-            same = torch.equal(probe(x), wanted)
-        except Exception:  # whatever the network makes of what is not there
-            same = False
-    if not same:
-        raise UserError(
-            f"layer {dead[0]!r}: the output depends on it, but no gradient comes back to it, so "
-            "nothing can be read; allowed: no torch.no_grad() and no detach() behind it in forward"
-        )
-    return replace(reading, order=tuple(name for name in reading.order if name not in dead))
+    for name in dead:
+        if not _inside(name, spare):
+            raise UserError(
+                f"layer {name!r}: the output depends on it, but no gradient comes back to it, so "
+                "nothing can be read; allowed: no torch.no_grad() and no detach() behind it in "
+                "forward"
+            )
+    return _without_layers(reading, dead)
+
+
+def _without_layers(reading: Reading, names: Collection[str]) -> Reading:
+    return replace(
+        reading,
+        order=tuple(name for name in reading.order if name not in names),
+        absorbed={layer: n for layer, n in reading.absorbed.items() if layer not in names},
+    )
 
 
 def _kind(module: LayerModule) -> str:
@@ -169,9 +190,15 @@ def _channels(module: LayerModule) -> tuple[int, int]:
 
 
 def _why_whole(
-    members: Sequence[Member], consumers: Sequence[str], reading: Reading, heads: Sequence[str]
+    members: Sequence[Member],
+    channels: int,
+    consumers: Sequence[str],
+    reading: Reading,
+    heads: Sequence[str],
+    elsewhere: Collection[str],
 ) -> str:
-    """Why a group's channels may not be cut; empty if they may. `heads`: attention modules."""
+    """Why a group's channels may not be cut; empty if they may. `heads`: attention modules;
+    `elsewhere`: layers whose weights other code reads."""
     for member in members:
         module = member.module
         if module is None:
@@ -181,17 +208,30 @@ def _why_whole(
         if isinstance(module, nn.Conv2d | nn.Linear):
             if member.name not in reading.uses:
                 return f"{member.name} computes its weight"
+            if member.name in elsewhere:
+                return f"{member.name}: {READ_ELSEWHERE}"
             if _kind(module) == "grouped":
                 return f"it meets the grouped convolution {member.name}"
             if reading.uses[member.name] != 1:
                 return f"{member.name} is used {reading.uses[member.name]} times"
         elif not estimated(module):
             return f"it meets {type(module).__name__} {member.name}"
+    for member in members:
+        # How many of a part survive, and so a file's size, no keep ratio says.
+        features_C = np.bincount(member.root, minlength=channels)
+        if member.module is not None and (features_C != features_C[0]).any():
+            return f"{member.name} has only a part of its channels"
     return "" if consumers else "nothing reads it"
 
 
 def _assemble(
-    model: nn.Module, example: torch.Tensor, reading: Reading, coupling: Coupling, round_to: int
+    model: nn.Module,
+    example: torch.Tensor,
+    reading: Reading,
+    coupling: Coupling,
+    round_to: int,
+    unused: tuple[str, ...],
+    elsewhere: Collection[str],
 ) -> Network:
     modules = dict(model.named_modules())
     order, place = reading.order, {name: i for i, name in enumerate(reading.order)}
@@ -216,13 +256,14 @@ def _assemble(
             side[member.name].append(Link(owner, member.root, member.index))
             if member.output and member.name in place:
                 group_of[member.name] = owner
+        channels = 1 + max(int(m.root.max()) for m in members)
         groups[owner] = Group(
             name=owner,
-            channels=1 + max(int(m.root.max()) for m in members),
+            channels=channels,
             owner=owner,
             layers=tuple(layers),
             consumers=tuple(consumers),
-            protected=_why_whole(members, consumers, reading, heads),
+            protected=_why_whole(members, channels, consumers, reading, heads, elsewhere),
             round_to=round_to,
         )
     layers_out = {}
@@ -254,7 +295,6 @@ def _assemble(
             has_bias=module.bias is not None,
             protected=protected,
         )
-    unused = _unused(model, reading)
     norms = tuple(
         Norm(
             name,

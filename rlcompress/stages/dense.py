@@ -69,6 +69,7 @@ def train_dense(run: Workspace) -> dict[str, Any]:
     metrics = {
         "inputs": inputs,
         "weights": run.weights_digest(),
+        "data": run.given.summary(),
         "labelled": run.data.labelled,
         "seed": e.seed,
         "seconds": round(time.monotonic() - begun, 2),

@@ -19,6 +19,7 @@ from rlcompress.core.quant import own_clip
 from rlcompress.core.rebuilt import require_kept
 from rlcompress.core.schedule import MAX_BITS
 from rlcompress.core.train import require_trains
+from rlcompress.core.unseen import require_drawn_alike
 from rlcompress.searchers import own_search
 from rlcompress.stages.policies import policy_of
 from rlcompress.stages.weights import load_weights
@@ -109,7 +110,8 @@ def _kept(run: Workspace, problems: Problems) -> nn.Module | None:
         return None
     model = run.ref.build(run.experiment.seed + 1)  # of the control `fresh`; files are read with 0
     problems.none_in(lambda: require_trains(model, run.data.train.images(slice(0, 2))))
-    problems.none_in(lambda: require_kept(model, run.structure, run.ref))
+    if problems.none_in(lambda: require_kept(model, run.structure, run.ref)):
+        problems.none_in(lambda: require_drawn_alike(model, run.ref))
     return model
 
 

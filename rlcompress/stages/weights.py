@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlcompress.core.attention import plain_names
 from rlcompress.core.errors import UserError, first_line
 from rlcompress.core.tensors import load_tensors
 
@@ -42,7 +43,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises UserError, which says what does not fit.
     """
     own = model.state_dict()
-    state = _named_as(own, _plain(_read(path), path))
+    state = plain_names(model, _named_as(own, _plain(_read(path), path)))
     odd = {name: why for name, t in state.items() if (why := _why_odd(t, own.get(name)))}
     known = {name: tensor for name, tensor in state.items() if name in own and name not in odd}
     plain = {name: tensor for name, tensor in known.items() if tensor.is_floating_point()}

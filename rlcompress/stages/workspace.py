@@ -170,10 +170,25 @@ class Workspace:
         return Inputs(self.experiment, self.weights_digest())
 
     @functools.cached_property
+    def given(self) -> Data:
+        """As the factory gives them. Raises UserError for others than those that the dense network
+        of these very options was made with."""
+        spec, path = self.experiment.data, self.folder / "dense" / "metrics.json"
+        data = build_data(spec.factory, spec.args)
+        metrics = read_json(path) if path.exists() and not self.fresh else {}
+        known = metrics.get("data") if metrics.get("inputs") == self.inputs.dense else None
+        if known and (changed := data.changed(known)):
+            raise UserError(
+                f"data {spec.factory}: other images or labels in {', '.join(changed)} than "
+                f"{path.parent} was made with; allowed: the same each time (split by a generator "
+                "with a fixed seed), or --fresh"
+            )
+        return data
+
+    @functools.cached_property
     def data(self) -> Data:
         """Raises UserError for data without labels, unless `dense.weights` answers for them."""
-        spec, weights = self.experiment.data, self.experiment.dense.weights
-        data = build_data(spec.factory, spec.args)
+        weights, data = self.experiment.dense.weights, self.given
         if data.labelled:
             return data
         if not weights:

@@ -191,6 +191,26 @@ def test_a_head_of_zeros_hides_no_wrong_cut():
     assert "changes what other channels compute" in protected
 
 
+class Normalized(nn.Module):
+    """Features of length one: without a bias, a filter of zeros leaves the others' length alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(4, 4, 3), nn.Linear(4, 8, bias=False)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = torch.relu(self.conv(x)).mean((2, 3))
+        return self.head(nn.functional.normalize(self.embed(h), dim=1))
+
+
+def test_channels_that_others_are_measured_by_are_not_cut():
+    """In training what is cut still computes: only its readers are masked."""
+    groups = build_network(Normalized().eval(), EXAMPLE).groups
+    assert groups["embed"].protected == "a cut there changes what other channels compute"
+    assert groups["conv"].protected == ""
+
+
 class Halved(nn.Module):
     """Each half of a convolution's channels is read by a convolution of its own."""
 
@@ -208,7 +228,7 @@ class Halved(nn.Module):
 def test_halves_that_are_read_apart_are_not_cut():
     """As many of each half may be left, by chance: that says nothing of others."""
     groups = build_network(Halved().eval(), EXAMPLE).groups
-    assert groups["conv"].protected == "a cut there changes what other channels compute"
+    assert groups["conv"].protected == "two has only a part of its channels"
     assert groups["one"].protected == ""
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rlcompress import core
 from rlcompress.core.errors import UserError
+from rlcompress.core.unseen import require_drawn_alike
 
 SHAPE = (3, 8, 8)
 HERE = "tests.core.test_kept"
@@ -23,6 +27,39 @@ class Permuted(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(torch.relu(self.conv(x)).mean((2, 3))[:, self.perm])
+
+
+def python_order() -> torch.Tensor:
+    return torch.tensor(random.sample(range(16), 16))
+
+
+#: Who draws an order that no state dict holds.
+DRAWN = {
+    "torch": lambda: torch.randperm(16),
+    "numpy": lambda: torch.from_numpy(np.random.permutation(16)),
+    "python": python_order,
+    "nobody": lambda: torch.from_numpy(np.random.default_rng().permutation(16)),
+    "fixed": lambda: torch.randperm(16, generator=torch.Generator().manual_seed(0)),
+}
+
+
+class Drawn(nn.Module):
+    """Features in an order that is drawn and not kept."""
+
+    def __init__(
+        self, by: str, buffer: bool = False, num_classes: int = 4, in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(in_channels, 64, 3), nn.Conv2d(64, 16, 3)
+        self.fc = nn.Linear(16, num_classes)
+        order = DRAWN[by]()
+        if buffer:
+            self.register_buffer("order", order, persistent=False)
+        else:
+            self.order = order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.conv(self.stem(x))).mean((2, 3))[:, self.order])
 
 
 class Turned(nn.Module):
@@ -121,3 +158,28 @@ def test_constants_that_every_constructor_makes_come_back(tmp_path, close, facto
 def test_complex_parameters_are_told():
     with pytest.raises(UserError, match=r"^parameter 'phases' is of torch.complex64.*allowed: "):
         core.build_network(Learned().eval(), torch.zeros(1, *SHAPE))
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+@pytest.mark.parametrize("by", DRAWN)
+def test_what_the_constructor_draws_and_no_state_dict_holds_is_told(by, buffer):
+    ref = core.ModelRef(f"{HERE}:Drawn", {"by": by, "buffer": buffer}, 4, SHAPE)
+    if by == "fixed":
+        require_drawn_alike(ref.build(1), ref)
+        return
+    with pytest.raises(UserError, match=rf"^model {HERE}:Drawn: .*; allowed: ") as told:
+        require_drawn_alike(ref.build(1), ref)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("by", ["torch", "numpy", "python", "fixed"])
+def test_a_seed_is_everyones_and_the_callers_draws_are_not_moved(by):
+    ref = core.ModelRef(f"{HERE}:Drawn", {"by": by}, 4, SHAPE)
+    np.random.seed(3)
+    random.seed(3)
+    first = ref.build(1).order
+    drawn = np.random.random(), random.random()
+    assert torch.equal(ref.build(1).order, first)
+    np.random.seed(3)
+    random.seed(3)
+    assert (np.random.random(), random.random()) == drawn

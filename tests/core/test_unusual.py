@@ -22,8 +22,13 @@ from tests.unusual import (
     Auxiliary,
     ByName,
     Defaults,
+    Gated,
+    HeadAsked,
     InPlace,
     Interleaved,
+    NormAttention,
+    PartRead,
+    Tied,
     Viewed,
     conv,
     head,
@@ -120,6 +125,73 @@ def test_groups_that_only_shapes_tie_are_not_cut_apart():
     network = core.build_network(Viewed().eval(), torch.zeros(1, *SHAPE))
     said = "a cut there changes what other channels compute"
     assert network.groups["c1"].protected == network.groups["c2"].protected == said
+
+
+def test_groups_that_a_layer_reads_a_part_of_stay_whole():
+    network = core.build_network(PartRead().eval(), torch.zeros(1, *SHAPE))
+    assert network.groups["a"].protected.endswith("has only a part of its channels")
+
+
+@pytest.mark.parametrize(("make", "norms"), [(Gated, ["b1"]), (NormAttention, ["b1"])])
+def test_norms_that_a_file_cannot_fold_stay(make, norms):
+    network = core.build_network(made(make)[0], torch.zeros(1, *SHAPE))
+    assert [norm.name for norm in network.norms] == norms
+    assert network.layers["c1"].batch_norm is None
+
+
+def test_unused_modules_that_are_asked_stay():
+    network = core.build_network(made(HeadAsked)[0], torch.zeros(1, *SHAPE))
+    assert network.unused == ()
+    assert {*network.rest} == {"old.weight", "old.bias"}
+
+
+def test_layers_whose_weights_other_code_reads_stay_as_they_are():
+    network = core.build_network(made(Tied)[0], torch.zeros(1, *SHAPE))
+    assert [*network.layers] == ["c1", "c2", "fc"]
+    assert {*network.rest} == {"f.weight", "f.bias"}
+    said = "f: its weight or bias is read by other code than its module"
+    assert network.groups["c2"].protected == said
+    assert not network.groups["c1"].protected
+
+
+class AllTied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.f(x.mean((2, 3)) @ self.f.weight.T @ self.f.weight)
+
+
+def test_a_network_whose_layers_all_stay_is_told():
+    with pytest.raises(UserError, match=r"^layer 'f': its weight or bias is read by .* no other"):
+        core.build_network(AllTied().eval(), torch.zeros(1, *SHAPE))
+
+
+class Particular(nn.Module):
+    """Takes one image alone, and no weights of just any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.b, self.fc = conv(3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.old = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.b(self.c(x))).mean((2, 3)).view(1, 8)
+        if float(h.max()) > 0.3:
+            raise ValueError("too large")
+        return self.fc(h)
+
+
+def test_networks_that_take_no_random_weights_are_read():
+    torch.manual_seed(0)
+    model = Particular().eval()
+    with torch.no_grad():
+        model.b.weight.fill_(0.1)
+    network = core.build_network(model, torch.zeros(1, *SHAPE))
+    assert [*network.layers] == ["c", "fc"]
+    assert network.layers["c"].batch_norm == "b"
+    assert network.unused == ("old",)
 
 
 def test_channels_that_are_divided_by_their_neighbours_are_not_cut():
@@ -257,6 +329,34 @@ def test_compression_in_training_sees_layers_that_are_in_eval_mode():
 def test_compression_in_training_sees_layers_that_are_called_by_name():
     model, images = made(ByName)
     assert {"c1", "c2", "fc"} <= train(model, images).signals.patches.keys()
+
+
+class SharingNorms(nn.Module):
+    """Batch norms with the same weights, each with statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.fc = conv(3, bias=False), conv(bias=False), nn.Linear(8, 4)
+        self.b1, self.b2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.b2.weight, self.b2.bias = self.b1.weight, self.b1.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.relu(self.b1(self.c1(x)))
+        return self.fc(F.relu(self.b2(self.c2(h))).mean((2, 3)))
+
+
+def test_norms_that_share_their_weights_are_rounded_apart(tmp_path):
+    model, images = made(SharingNorms)
+    network = core.build_network(model, images[:1])
+    schedule = network.uniform(1.0, 8)
+    small = core.cut_network(model, network, {}, schedule)
+    path, ref = tmp_path / "w", core.ModelRef(f"{__name__}:SharingNorms", {}, 4, SHAPE)
+    core.write_network(path, small, network, ref, schedule)
+    with torch.no_grad():
+        read = core.load_artifact(path, trust=[ref.factory])(images)
+        wanted = quantized(small, schedule)(images)
+    assert torch.allclose(read, wanted, atol=1e-4 * float(wanted.abs().max()))
+    assert model.b1.weight is model.b2.weight
 
 
 def test_a_model_that_is_not_in_training_is_told():
