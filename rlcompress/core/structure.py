@@ -51,8 +51,9 @@ def build_network(model: nn.Module, example: torch.Tensor, *, round_to: int = 1)
     Fang et al., 2023).
 
     Raises UserError if it cannot be copied or run, does not return one tensor, has no layer, has
-    attention that `plain_attention` replaces, is not in float32, has complex parameters, computes layers that
-    its output does depend on without gradients, or reads all layers' weights elsewhere too.
+    attention that `plain_attention` replaces, is not in float32, has complex parameters, computes
+    layers that its output does depend on without gradients, or reads all layers' weights elsewhere
+    too.
     """
     require_ordinary(model)
     require(tensor_problems("example", example) + count_problems(round_to=round_to))
