@@ -35,7 +35,7 @@ from torch import nn
 from benchmarks import results
 from rlcompress.core.artifact import ModelRef, load_artifact, pack
 from rlcompress.core.cost import CostModel
-from rlcompress.core.evaluate import build_evaluator
+from rlcompress.core.evaluators import build_evaluator
 from rlcompress.core.files import save_bytes
 from rlcompress.core.fold import snap
 from rlcompress.core.graph import Network

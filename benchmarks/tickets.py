@@ -36,7 +36,7 @@ from torch import nn
 from benchmarks import results
 from benchmarks.networks import EXPERIMENTS, bundle, identity, workspace
 from rlcompress.core.artifact import load_artifact
-from rlcompress.core.evaluate import build_evaluator
+from rlcompress.core.evaluators import build_evaluator
 from rlcompress.core.files import read_lines
 from rlcompress.core.fitted import CutNetwork
 from rlcompress.core.prune import attach_masks, detach, kept_channels

@@ -15,7 +15,7 @@ from torch import nn
 
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import build_evaluator
+from rlcompress.core.evaluators import build_evaluator
 from rlcompress.core.learned import LearnedLosses
 from rlcompress.core.observation import ACTION_COLUMNS, OBSERVATION_VERSION, STATE_COLUMNS
 from rlcompress.core.policy import DEFAULT, LEARNED, PRIOR, Policy, PolicyShape, save_policy

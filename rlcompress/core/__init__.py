@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from rlcompress.core.attention import plain_attention
     from rlcompress.core.cost import CostModel
     from rlcompress.core.errors import UserError
-    from rlcompress.core.evaluate import Evaluator, build_evaluator
+    from rlcompress.core.evaluate import Evaluator
+    from rlcompress.core.evaluators import build_evaluator
     from rlcompress.core.fitted import fitted_network
     from rlcompress.core.graph import Network
     from rlcompress.core.prune import cut
@@ -59,7 +60,8 @@ _HOMES = {
     "attention": ("plain_attention",),
     "cost": ("CostModel",),
     "errors": ("UserError",),
-    "evaluate": ("Evaluator", "build_evaluator"),
+    "evaluate": ("Evaluator",),
+    "evaluators": ("build_evaluator",),
     "graph": ("Network",),
     "prune": ("cut",),
     "schedule": ("Measurement", "Schedule"),

@@ -18,7 +18,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -27,18 +27,8 @@ from torch import nn
 from rlcompress.core.cache import ByteCache
 from rlcompress.core.calls import Call, layer_weights
 from rlcompress.core.cost import CostModel
-from rlcompress.core.errors import UserError
 from rlcompress.core.fitted import CutNetwork, network_of, trained, trainee
 from rlcompress.core.graph import Layer, LayerModule, Network, kept_mask
-from rlcompress.core.inputs import (
-    class_problems,
-    count_of,
-    estimate_problems,
-    image_problems,
-    label_problems,
-    option_problems,
-    require,
-)
 from rlcompress.core.measure import compare
 from rlcompress.core.positions import (
     Positions,
@@ -54,7 +44,6 @@ from rlcompress.core.quant import fake_quantize, scale_of, unexplained
 from rlcompress.core.reconstruct import RIDGES, Fit, free_means, refit
 from rlcompress.core.schedule import FULL_PRECISION, Measurement, Schedule, parse_recovery
 from rlcompress.core.sensitivity import Estimates
-from rlcompress.core.trace import TraceError
 from rlcompress.core.train import distill
 
 #: Rows that batch statistics are taken from: they are then known to 1 % of a deviation.
@@ -363,57 +352,3 @@ class Evaluator(ABC):
             self._choosing = {}
             self.run(self.network.uniform(0.5, FULL_PRECISION))
             self._ridges, self._choosing = self._choosing, None
-
-
-def build_evaluator(
-    model: nn.Module,
-    network: Network,
-    fit: torch.Tensor,
-    score: torch.Tensor,
-    labels: torch.Tensor | None,
-    estimates: Estimates,
-    *,
-    recovery: str = "reconstruct",
-    positions: int = 2048,
-    precision: str = "float32",
-    cache_bytes: int = 256 * 2**20,
-    seed: int = 0,
-) -> Evaluator:
-    """The incremental evaluator; for a model that torch.fx cannot trace the one that runs the
-    whole network each time (`Evaluator.slow` says why).
-
-    Arguments as `Evaluator` has them, on one device; `cache_bytes` bounds what intermediate results
-    take. `model` is left in eval mode and must not change as long as the evaluator is used.
-
-    Raises UserError, a line for each thing that is wrong with images, labels, estimates and
-    options.
-    """
-    require(
-        [
-            *image_problems("fit", fit, model, network),
-            *image_problems("score", score, model, network),
-            *label_problems(labels, count_of(score)),
-            *option_problems(recovery, positions, precision),
-            *estimate_problems(estimates, network),
-        ]
-    )
-    if parse_recovery(recovery)[1] and len(fit) == 1:
-        raise UserError(f"fit: one image; allowed: 2 or more, to be trained on by {recovery}")
-    model.eval()
-    require(class_problems(labels, model, score[:1]))
-    from rlcompress.core.incremental import IncrementalEvaluator
-    from rlcompress.core.whole import WholeEvaluator
-
-    data = (model, network, fit, score, labels, estimates)
-    options: dict[str, Any] = {
-        "recovery": recovery,
-        "positions": positions,
-        "precision": precision,
-        "seed": seed,
-    }
-    try:
-        return IncrementalEvaluator(*data, cache_bytes=cache_bytes, **options)
-    except TraceError as error:
-        evaluator = WholeEvaluator(*data, **options)
-        evaluator.slow = str(error)
-        return evaluator

@@ -16,7 +16,8 @@ from torch import nn
 from rlcompress.core.artifact import ModelRef
 from rlcompress.core.data import Split
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.evaluate import Evaluator
+from rlcompress.core.evaluators import build_evaluator
 from rlcompress.core.graph import Network
 from rlcompress.core.prior import Losses, Prior
 from rlcompress.core.process import settle_process

@@ -32,6 +32,7 @@ from rlcompress.core.errors import UserError
 from rlcompress.core.fisher import readers_of
 from rlcompress.core.gradients import GradientScale, leaf
 from rlcompress.core.graph import Layer, Link, Network
+from rlcompress.core.passes import Passes
 from rlcompress.core.positions import patches, sample_positions
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, float_weight, mse_clip, scale_of
@@ -83,12 +84,7 @@ class Signals:
         self._live = False
         #: Whether minibatches are looked at.
         self.listening = False
-        #: Of each forward pass since the last `read`, which may be several (gradients that are
-        #: accumulated): its images; those of whose backward pass there was one; (group, pass) ->
-        #: Taylor terms (N, C), and what the kept channels make up for (N, K).
-        self._passes: list[int] = []
-        self._seen: set[int] = set()
-        self._terms: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._passes = Passes()
         self._scale = GradientScale()
         self.wanted: set[str] = set()
         #: Of these, whose input was not finite: another minibatch's is taken.
@@ -133,7 +129,7 @@ class Signals:
         if self._live and tensors:
             self.images = len(tensors[0])
             if self.listening:
-                self._passes.append(self.images)
+                self._passes.begin(self.images)
                 self._scale.catch(self._modules.values())
 
     def _listen(self, layer: Layer) -> Any:
@@ -176,7 +172,7 @@ class Signals:
                 return None
             mine = x.view_as(x)
             # The hook must not hold the tensor it hangs on: no collector would find that cycle.
-            seen, place = mine.detach(), len(self._passes) - 1
+            seen, place = mine.detach(), self._passes.place
             mine.register_hook(lambda gradient: self._take(layer, place, seen, gradient))
             if args:
                 return (mine, *args[1:]), kwargs
@@ -186,10 +182,9 @@ class Signals:
 
     @torch.no_grad()
     def _take(self, layer: Layer, place: int, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        images = self._passes[place] if 0 <= place < len(self._passes) else 0
+        images = self._passes.images_of(place)
         if not images or len(x) % images:
             return
-        self._seen.add(place)
         few = min(IMAGES, images)
         entries = few * (len(x) // images)  # attention folds windows into images
         for link in layer.inputs:
@@ -206,17 +201,13 @@ class Signals:
                 self._add(link.group, place, a_NCP, g_NCP)
 
     def _add(self, group: str, place: int, a_NCP: torch.Tensor, g_NCP: torch.Tensor) -> None:
-        """Terms are sums over readers, whose moments need not be kept: they are large."""
+        """Moments are large: of each reader, what is linear in them is kept."""
         moment_NCC = g_NCP @ a_NCP.transpose(1, 2)
-        taylor_NC, predicted_NK = moment_NCC.diagonal(dim1=1, dim2=2).clone(), None
+        predicted_NK = None
         if group in self._predictors:
             predicted_NK = moment_NCC.flatten(1) @ self._predictors[group].flatten(1).T
-        known_NC, known_NK = self._terms.get((group, place), (None, None))
-        if known_NC is not None:
-            taylor_NC += known_NC
-        if predicted_NK is not None and known_NK is not None:
-            predicted_NK += known_NK
-        self._terms[group, place] = taylor_NC, predicted_NK
+        taylor_NC = moment_NCC.diagonal(dim1=1, dim2=2).clone()
+        self._passes.add(group, place, taylor_NC, predicted_NK)
 
     def require_gradients(self) -> None:
         """Raises UserError where no weight has a gradient, or none came of the model's training."""
@@ -244,8 +235,7 @@ class Signals:
             self._forget()
             return
         # The gradients are those of a mean over all that went through since the last one.
-        passes = [self._passes[place] for place in sorted(self._seen)] or self._passes
-        images = sum(passes) or self.images
+        images = self._passes.images() or self.images
         for name, square in squares.items():
             average.add(f"fisher/{name}", square * images)
         for name, value in (("loss", torch.as_tensor(loss)), ("gradient", norm)):
@@ -253,18 +243,15 @@ class Signals:
             average.add(f"{name}/fast", value)
             average.add(f"{name}/slow", value, SLOW)
         scale = self._scale.value() * images
-        for group in dict.fromkeys(group for group, _ in self._terms):
-            parts = [terms for (name, _), terms in self._terms.items() if name == group]
-            predicted = [part for _, part in parts if part is not None]
-            whole_NK = torch.cat(predicted) * scale if len(predicted) == len(parts) else None
-            self._average(group, torch.cat([part for part, _ in parts]) * scale, whole_NK)
+        for group, taylor_NC, predicted_NK in self._passes.terms():
+            if predicted_NK is not None:
+                predicted_NK = predicted_NK * scale
+            self._average(group, taylor_NC * scale, predicted_NK)
         self._forget()
 
     def _forget(self) -> None:
         """The minibatch."""
-        self._terms.clear()
         self._passes.clear()
-        self._seen.clear()
         self._scale.let_go()
 
     def _average(

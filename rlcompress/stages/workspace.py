@@ -19,7 +19,8 @@ from rlcompress.core.artifact import ModelRef
 from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Data, Split, build_data
 from rlcompress.core.errors import UserError, first_line
-from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.evaluate import Evaluator
+from rlcompress.core.evaluators import build_evaluator
 from rlcompress.core.files import read_archive, read_json, save_bytes, save_json
 from rlcompress.core.graph import Network
 from rlcompress.core.pareto import ticket_rank

@@ -14,7 +14,8 @@ from torch import nn
 from rlcompress.core.artifact import ModelRef, pack
 from rlcompress.core.cost import CostModel
 from rlcompress.core.data import Data, Split, digits
-from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.evaluate import Evaluator
+from rlcompress.core.evaluators import build_evaluator
 from rlcompress.core.files import save_bytes
 from rlcompress.core.fold import snap
 from rlcompress.core.graph import Network

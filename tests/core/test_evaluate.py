@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from rlcompress.core.artifact import load_artifact
 from rlcompress.core.data import digits
 from rlcompress.core.errors import UserError
-from rlcompress.core.evaluate import Evaluator, build_evaluator
+from rlcompress.core.evaluate import Evaluator
+from rlcompress.core.evaluators import build_evaluator
 from rlcompress.core.fitted import fitted_network
 from rlcompress.core.measure import WORST, compare
 from rlcompress.core.quant import attach_fake_quant

@@ -12,7 +12,7 @@ from torch import nn
 
 from rlcompress.core.artifact import ModelRef, load_artifact
 from rlcompress.core.data import digits
-from rlcompress.core.evaluate import build_evaluator
+from rlcompress.core.evaluators import build_evaluator
 from rlcompress.core.fitted import fitted_network
 from rlcompress.core.incremental import IncrementalEvaluator
 from rlcompress.core.measure import compare
