@@ -31,9 +31,10 @@ from rlcompress.core.calls import Call, as_call
 from rlcompress.core.errors import UserError
 from rlcompress.core.fisher import readers_of
 from rlcompress.core.gradients import GradientScale, leaf
-from rlcompress.core.graph import Layer, Link, Network
+from rlcompress.core.graph import Layer, Network
 from rlcompress.core.passes import Passes
 from rlcompress.core.positions import patches, sample_positions
+from rlcompress.core.predictor import covariance, predictor
 from rlcompress.core.prune import kept_channels
 from rlcompress.core.quant import choose_clip, fake_quantize, float_weight, mse_clip, scale_of
 from rlcompress.core.reading import first_input
@@ -45,15 +46,6 @@ POSITIONS, INPUTS = 256, 2048
 IMAGES = 32
 #: Of the slow moving averages: the last fifty minibatches.
 SLOW = 0.98
-
-
-def predictor(covariance: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
-    """(kept, cut): the ridge regression of the cut channels on the kept ones."""
-    keep, gone = torch.from_numpy(np.flatnonzero(kept)), torch.from_numpy(np.flatnonzero(~kept))
-    a = covariance[keep][:, keep].double()
-    ridge = 1e-2 * a.diagonal().mean() + 1e-12
-    identity = torch.eye(len(keep), dtype=a.dtype)
-    return torch.linalg.solve(a + ridge * identity, covariance[keep][:, gone].double()).float()
 
 
 class Signals:
@@ -292,13 +284,14 @@ class Signals:
         ]
         self._gone, self._predictors = {}, {}
         for group, pairs in self._readers.items():
-            covariance = self._covariance(group, pairs)
-            if covariance is None:
+            channels = self.network.groups[group].channels
+            found = covariance(self._inputs, pairs, channels)
+            if found is None:
                 continue
             kept_KC = torch.from_numpy(np.stack([mask[group] for mask in masks]))
-            whole = torch.zeros(len(self.keeps), *covariance.shape)
+            whole = torch.zeros(len(self.keeps), *found.shape)
             for full, mask in zip(whole, kept_KC, strict=True):
-                full[(~mask).nonzero(), mask.nonzero().T] = predictor(covariance, mask.numpy()).T
+                full[(~mask).nonzero(), mask.nonzero().T] = predictor(found, mask.numpy()).T
             self._gone[group] = (~kept_KC).float().to(self._device)
             self._predictors[group] = whole.to(self._device)
         self._inputs.clear()
@@ -306,20 +299,6 @@ class Signals:
         self.average.drop("refit/")
         for name, patch in self.patches.items():
             self._clip_of(name, patch)
-
-    def _covariance(self, group: str, pairs: Sequence[tuple[str, Link]]) -> torch.Tensor | None:
-        channels = self.network.groups[group].channels
-        total = None
-        for reader, link in pairs:
-            if reader not in self._inputs:
-                continue
-            seen = self._inputs[reader]
-            a_NCP = root_activation(seen, link, channels, len(seen), convolution=False)
-            rows = a_NCP.transpose(1, 2).flatten(0, 1)
-            rows = rows - rows.mean(0)
-            square = (rows.T @ rows).cpu() / len(rows)
-            total = square if total is None else total + square
-        return total
 
     @torch.no_grad()
     def _clip_of(self, name: str, patch: torch.Tensor) -> None:
