@@ -156,7 +156,7 @@ def searched(bench: Bench, target: float, path: Path) -> dict[str, Any]:
     small = [r for r in records if r.measurement.bytes <= limit]
     best = min(archive_front(small), key=lambda r: r.measurement.kl)
     start = fitted_network(model, problem.evaluator, best.schedule)
-    task = Task(start, run.structure, best.schedule)
+    task = Task(start, run.structure)
     tuned = task.prepared()
     rest = data.take(torch.arange(half * BATCH, 2 * half * BATCH) % len(data))
     train_plain(tuned, rest, Recipe(1, BATCH, LR / 5), seed=bench.seed)

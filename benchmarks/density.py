@@ -123,7 +123,7 @@ def written(
     """What the file of a schedule reads as, and its bytes."""
     small = core.fitted_network(model, fresh.evaluator, schedule)
     if lesson is not None:
-        task = Task(small, fresh.network, schedule)
+        task = Task(small, fresh.network)
         *_, last = task.train(lesson)
         small = task.result(last)
     with tempfile.TemporaryDirectory() as folder:

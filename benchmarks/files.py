@@ -130,7 +130,7 @@ class Comparison:
         evaluator = core.build_evaluator(*known, seed=self.seed)
         schedule, whole = (self.network.uniform(KEEP, bits) for bits in (BITS, FULL_PRECISION))
         small = core.fitted_network(self.model, evaluator, schedule)
-        task = Task(copy.deepcopy(small), self.network, schedule)
+        task = Task(copy.deepcopy(small), self.network)
         self._our_files("ours", small, schedule)
         model = core.fitted_network(self.model, evaluator, whole).model
         train(model, self.train, self.lesson, seed=self.seed)

@@ -81,7 +81,7 @@ def measure(network: str, seed: int, evaluations: int) -> None:
         if name in done:
             continue
         small = fitted_network(dense, evaluator, record.schedule)
-        task = Task(small, run.structure, record.schedule)
+        task = Task(small, run.structure)
         said = 100 * (record.measurement.accuracy - whole)
         found = 100 * (top1(task.prepared(), held) - accuracy)
         row = {"winner": name, "said": said, "held": found, "bytes": record.measurement.bytes}

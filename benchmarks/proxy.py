@@ -128,7 +128,7 @@ class Judge:
     def label(self, schedule: Schedule) -> list[float]:
         """Test accuracy (0-1) after full recovery, one a training."""
         small = fitted_network(self.model, self.full.evaluator, schedule)
-        task = Task(small, self.full.network, schedule)
+        task = Task(small, self.full.network)
         found = []
         for lesson in self.lessons:
             *_, last = task.train(lesson)

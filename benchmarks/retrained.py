@@ -77,7 +77,7 @@ def measure(network: str, seed: int, arms: Iterable[Arm]) -> None:
     lesson = Lesson.of(data, problems.held_back, recipe, seed, problems.model, device="cpu")
     for digest, schedule in missing.items():
         small = fitted_network(problems.model, fresh.evaluator, schedule)
-        *_, last = Task(small, fresh.network, schedule).train(lesson)
+        *_, last = Task(small, fresh.network).train(lesson)
         accuracy = float(last.curve[-1]["validation_accuracy"])
         rows.append({"key": key, "digest": digest, "accuracy": accuracy})
 

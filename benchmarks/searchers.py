@@ -200,7 +200,7 @@ class Problems:
     def check(self, fresh: Problem, schedule: Schedule) -> float:
         """Accuracy (0-1) on the validation images held back."""
         small = fitted_network(self.model, fresh.evaluator, schedule)
-        return top1(Task(small, fresh.network, schedule).prepared(), self.held_back)
+        return top1(Task(small, fresh.network).prepared(), self.held_back)
 
 
 def measure(

@@ -127,7 +127,7 @@ class Bench:
     def play(self, arm: str, seed: int, rate: float, folder: Path) -> dict[str, Any]:
         lesson = self.lesson(seed, rate)
         recipe = recipe_of(arm, lesson.recipe, self.run.structure, self.schedule)
-        task = Task(self.begin(arm, seed, rate), self.run.structure, self.schedule, recipe)
+        task = Task(self.begin(arm, seed, rate), self.run.structure, recipe)
         small = task.start
         if recipe.epochs:
             *_, last = task.train(lesson)

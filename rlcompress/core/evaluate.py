@@ -168,7 +168,7 @@ class Evaluator(ABC):
         """The network before and after `steps` of quantization-aware distillation."""
         with torch.inference_mode(False), torch.enable_grad():
             start = network_of(self._model, self.network, prefix)
-            model = trainee(start, self.network, self.schedule(prefix).bits)
+            model = trainee(start, self.network)
             fit, taught = self._batch[: self.fit_count], self._dense_logits[: self.fit_count]
             taught = taught.clone().log_softmax(1)
             distill(model, fit, taught, self.steps, seed=self._seed)

@@ -74,7 +74,7 @@ def network_of(model: nn.Module, network: Network, prefix: Prefix) -> CutNetwork
     return CutNetwork(small.eval(), scales, bits)
 
 
-def trainee(start: CutNetwork, network: Network, bits: Mapping[str, int]) -> nn.Module:
+def trainee(start: CutNetwork, network: Network) -> nn.Module:
     """A copy that is to be trained quantization-aware. A network that comes frozen is a finished
     one: what is compressed is trained all the same, and all of it where nothing else is."""
     model = copy.deepcopy(start.model)
@@ -85,7 +85,7 @@ def trainee(start: CutNetwork, network: Network, bits: Mapping[str, int]) -> nn.
         if whole or name in compressed:
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(parameter.is_floating_point())
-    attach_fake_quant(model, network, bits, start.scales)
+    attach_fake_quant(model, network, start.bits, start.scales)
     return model
 
 

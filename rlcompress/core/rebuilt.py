@@ -4,15 +4,16 @@ its `ModelRef` builds, are one network."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
+from rlcompress.core.cost import CostModel
 from rlcompress.core.errors import UserError
-from rlcompress.core.graph import Layer, Link, Network
+from rlcompress.core.graph import Network
 from rlcompress.core.models import BUILT_IN
 from rlcompress.core.schedule import FULL_PRECISION, Schedule
 
@@ -73,20 +74,19 @@ def _other_shapes(model: nn.Module, network: Network) -> Iterator[str]:
 def require_one_network(small: CutNetwork, network: Network, schedule: Schedule) -> None:
     """Raises UserError unless `small` is `network`, cut and quantized by `schedule`."""
     network.validate(schedule)
-    modules, counts = dict(small.model.named_modules()), network.counts(schedule)
+    modules, costs = dict(small.model.named_modules()), CostModel(network)
+    ((numbers_L,), (out_L,)) = costs.weights(costs.rows(schedule)[0])
     widths, shapes = [], []
-    for name, layer in network.layers.items():
+    for (name, layer), numbers, out in zip(network.layers.items(), numbers_L, out_L, strict=True):
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
             raise UserError(f"the cut network is of another network: it has no layer {name!r}")
         bits, width = small.bits.get(name, FULL_PRECISION), schedule.width(name)
         if bits != width:
             widths.append(f"layer {name!r} was made for {bits} bits, the schedule has {width}")
-        left = _channels_left(layer, network, counts)
-        if any(n not in (None, size) for n, size in zip(left, weight.shape, strict=False)):
-            out, fan = ("?" if n is None else n for n in left)
-            shape = tuple(weight.shape[:2])
-            shapes.append(f"layer {name!r} has {shape} channels, the schedule leaves {out, fan}")
+        shape, left = tuple(weight.shape[:2]), (int(out), int(numbers // (out * layer.kernel)))
+        if shape != left:
+            shapes.append(f"layer {name!r} has {shape} channels, the schedule leaves {left}")
     found = [f"the cut network: {lines[0]}{_more(lines)}" for lines in (widths, shapes) if lines]
     if found:
         raise UserError(*found)
@@ -94,29 +94,6 @@ def require_one_network(small: CutNetwork, network: Network, schedule: Schedule)
 
 def _more(lines: Sequence[str]) -> str:
     return f" ({len(lines) - 1} more layers too)" if len(lines) > 1 else ""
-
-
-def _channels_left(
-    layer: Layer, network: Network, counts: Mapping[str, int]
-) -> tuple[int | None, int | None]:
-    """A weight's first two dimensions; None where it depends on which channels are kept."""
-    out = _left(layer.outputs, layer.out_channels, network, counts)
-    if layer.conv_groups > 1:
-        return out, layer.in_channels // layer.conv_groups
-    return out, _left(layer.inputs, layer.in_channels, network, counts)
-
-
-def _left(
-    links: Sequence[Link], size: int, network: Network, counts: Mapping[str, int]
-) -> int | None:
-    left = size
-    for link in links:
-        group = network.groups[link.group]
-        times = np.bincount(link.root, minlength=group.channels)
-        if times.min() != times.max():
-            return None
-        left -= int(times[0]) * (group.channels - counts[link.group])
-    return left
 
 
 def require_kept(model: nn.Module, network: Network, ref: ModelRef) -> None:

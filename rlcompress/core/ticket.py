@@ -103,12 +103,10 @@ class Task:
 
     start: CutNetwork
     network: Network
-    schedule: Schedule
     recipe: Recipe | None = None  # in place of the lesson's
 
     def prepared(self) -> nn.Module:
-        bits = {name: self.schedule.width(name) for name in self.network.layers}
-        return trainee(self.start, self.network, bits)
+        return trainee(self.start, self.network)
 
     def train(self, lesson: Lesson, resume: Checkpoint | None = None) -> Iterator[Checkpoint]:
         """A checkpoint an epoch."""
@@ -265,7 +263,7 @@ def play_arms(
         for plan in plans:
             for arm, begin in plan.starts.items():
                 recipe = recipe_of(arm, lesson.recipe, network, plan.schedule)
-                task = Task(begin, network, plan.schedule, recipe)
+                task = Task(begin, network, recipe)
                 resume = Checkpoint.load(plan.checkpoint(arm), plan.key)
                 if recipe.epochs == 0:
                     ready.append((plan, arm, copy.deepcopy(task.start), []))

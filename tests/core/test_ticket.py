@@ -143,7 +143,7 @@ def test_retraining_learns_steps_and_leaves_its_start(
     network = trained.network
     start = cut_network(trained.model, network, evaluator.kept(schedule), schedule)
     before = copy.deepcopy(start.model.state_dict())
-    task = Task(start, network, schedule)
+    task = Task(start, network)
     *_, last = task.train(lesson)
     end, curve = task.result(last), last.curve
     assert {*end.model.state_dict()} == {*before}
@@ -190,7 +190,7 @@ def test_learned_steps_survive_training(bits):
     schedule = network.uniform(1.0, bits)
     full = {name: np.ones(group.channels, dtype=bool) for name, group in network.groups.items()}
     start = cut_network(model, network, full, schedule)
-    task = Task(start, network, schedule)
+    task = Task(start, network)
     lesson = Lesson(data.train, data.validation, Recipe(2, 32, lr=0.05), seed=0, device="cpu")
     before = top1(task.prepared(), data.validation)
     (*_, (_, last)) = in_process([(task, None)], lesson)

@@ -21,7 +21,7 @@ def tasks(bundle, problem):
     cluster.start_ray(PPOSpec())
     schedule, dense = problem.network.uniform(problem.keeps[-1], 4), bundle.model()
     begin = starts(schedule, problem.evaluator, bundle.ref, dense, bundle.ref.build(0), seed=0)
-    return [Task(begin[arm], problem.network, schedule) for arm in ("finetuned", "fresh")]
+    return [Task(begin[arm], problem.network) for arm in ("finetuned", "fresh")]
 
 
 @pytest.fixture(scope="module")
